@@ -1,0 +1,346 @@
+"""Attention over some keys, and the exact union of such parts.
+
+Every method ends here.  A `Source` says how to read a tile of keys and values and where its tokens stand in the text; `attend` walks
+tiles of queries and keys with a running maximum and sum; `merge` joins parts; `mass` sums probabilities by key.  Masks talk about
+positions alone: causality and validity (`pos != EMPTY`, `kv_pos <= q_pos`) are applied here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+EMPTY = -1  # position of a slot that holds no token
+FAR = 2**30  # above every position
+BIG = 1e30  # finite stand-in for infinity: -inf minus -inf is nan
+
+# measured on 2 CPU cores at T = 4,096, D = 64: 256 x 512 with masks on the diagonal only is the fastest pair (docs/design.md)
+Q_TILE, KV_TILE = 256, 512
+
+
+class Partial(NamedTuple):
+    """Attention over some keys: `out` [B,K,G,T,D] float32 and `lse` [B,K,G,T], the natural log of the sum of exp(logits).
+
+    A row that saw no key has out 0 and lse -inf.
+    """
+
+    out: jax.Array
+    lse: jax.Array
+
+
+@dataclass
+class Source:
+    """Keys and values to read, tile by tile.
+
+    Attributes:
+      pos: int32 [B,R,S] or [B,1,S], position of the token in each slot, EMPTY where none.
+      tile: `tile(start, size) -> k [B,R,D,size], v [B,R,size,D]`; `start` is a traced multiple of the codec's page.
+      gather: `gather(idx [B,R,N]) -> k [B,R,D,N], v [B,R,N,D]`; slots by number.
+      held: whether only a prefix is in use; then the walk ends at the last used slot and cannot be differentiated in reverse.
+    """
+
+    pos: jax.Array
+    tile: Callable
+    gather: Callable | None = None
+    held: bool = True
+
+
+class Bounds(NamedTuple):
+    """Extremes of the positions in a tile of queries and a tile of keys; scalars, padding and EMPTY left out."""
+
+    q_lo: jax.Array
+    q_hi: jax.Array
+    kv_lo: jax.Array
+    kv_hi: jax.Array
+
+
+Allow = Callable[[jax.Array, jax.Array], jax.Array]  # (q_pos [B,1,1,T,1], kv_pos [B,R,1,1,S]) -> bool, broadcastable
+Reach = Callable[[Bounds], tuple[jax.Array, jax.Array]]  # -> (some pair may be allowed, every pair is allowed)
+
+
+def tokens_source(k: jax.Array, v: jax.Array, pos: jax.Array) -> Source:
+    """This step's own tokens as a source.  `k`, `v` [B,R,T,D] in any float type, `pos` [B,T]."""
+    k = k.swapaxes(2, 3)
+
+    def tile(start, size):
+        return lax.dynamic_slice_in_dim(k, start, size, 3), lax.dynamic_slice_in_dim(v, start, size, 2)
+
+    def gather(idx):
+        return jnp.take_along_axis(k, idx[:, :, None, :], 3), jnp.take_along_axis(v, idx[..., None], 2)
+
+    return Source(pos=pos[:, None, :], tile=tile, gather=gather, held=False)
+
+
+def used_length(pos: jax.Array, axis=None) -> jax.Array:
+    """Slots up to and including the last one that holds a token; over all rows, or per row with `axis=-1`."""
+    return jnp.max(jnp.where(pos != EMPTY, jnp.arange(1, pos.shape[-1] + 1), 0), axis=axis)
+
+
+def _starts(total: int, size: int) -> jax.Array:
+    """First index of each tile; the last tile is moved back so that it ends at `total` (it overlaps the one before)."""
+    count = -(-total // size)
+    return jnp.minimum(jnp.arange(count, dtype=jnp.int32) * size, total - size)
+
+
+def _tile_stats(pos: jax.Array, size: int, fresh_only: bool = True):
+    """Per tile of slots: lowest and highest position, and whether every slot of it holds a token that no earlier tile has.
+
+    `fresh_only` leaves out of the extremes what the tile shares with the one before.
+    """
+    total = pos.shape[-1]
+    starts = _starts(total, size)
+    index = starts[:, None] + jnp.arange(size)
+    tiles = pos[..., index]  # [B,R,tiles,size]
+    fresh = index >= (jnp.arange(starts.shape[0]) * size)[:, None]
+    valid = (tiles != EMPTY) & (fresh | (not fresh_only))
+    over = (0, 1, 3)
+    low = jnp.min(jnp.where(valid, tiles, FAR), axis=over)
+    high = jnp.max(jnp.where(valid, tiles, EMPTY), axis=over)
+    return starts, low, high, jnp.all(valid & fresh, axis=over)
+
+
+def _visible(q_pos, kv_pos, allow):
+    """bool [B,R,1|G,T,S]; q_pos [B,T], kv_pos [B,R,S]."""
+    q_pos = q_pos[:, None, None, :, None]
+    kv_pos = kv_pos[:, :, None, None, :]
+    mask = (kv_pos != EMPTY) & (kv_pos <= q_pos)
+    return mask if allow is None else mask & allow(q_pos, kv_pos)
+
+
+def _logits(q, k, scale, softcap):
+    logits = jnp.einsum("brgtd,brds->brgts", q, k.astype(q.dtype), preferred_element_type=jnp.float32) * scale
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _update(carry, q, k, v, mask, scale, softcap):
+    """One step of the running softmax.  `mask` None: every key is visible to every query."""
+    m, l, acc = carry
+    logits = _logits(q, k, scale, softcap)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -BIG)
+    m_new = jnp.maximum(m, logits.max(-1))
+    p = jnp.exp(logits - m_new[..., None])
+    v = v.astype(q.dtype)
+    poison = None
+    if mask is not None:
+        p = jnp.where(mask, p, 0.0)
+        # 0 * nan is nan: values that are not finite leave the product and come back only for rows that see them
+        bad = ~jnp.all(jnp.isfinite(v), -1)
+        v = jnp.where(bad[..., None], 0, v)
+        poison = jnp.any(mask & bad[:, :, None, None, :], -1)
+    keep = jnp.exp(m - m_new)
+    l = l * keep + p.sum(-1)
+    acc = acc * keep[..., None] + jnp.einsum(
+        "brgts,brsd->brgtd", p.astype(q.dtype), v, preferred_element_type=jnp.float32
+    )
+    if poison is not None:
+        acc = jnp.where(poison[..., None], jnp.nan, acc)
+    return m_new, l, acc
+
+
+def _begin(shape, d):
+    return jnp.full(shape, -BIG), jnp.zeros(shape), jnp.zeros((*shape, d))
+
+
+def _finish(m, l, acc) -> Partial:
+    some = l > 0
+    l = jnp.where(some, l, 1.0)
+    # a poisoned accumulator keeps its nan, an empty one is exactly 0
+    return Partial(acc / l[..., None], jnp.where(some, m + jnp.log(l), -jnp.inf))
+
+
+def attend(
+    q: jax.Array,
+    source: Source,
+    q_pos: jax.Array,
+    *,
+    scale: float,
+    allow: Allow | None = None,
+    reach: Reach | None = None,
+    softcap: float | None = None,
+    q_tile: int = Q_TILE,
+    kv_tile: int | None = None,
+) -> Partial:
+    """Attention of `q` over one source, never holding more than one tile of logits.
+
+    Costs by the source's used length, not by its capacity; tiles that no query of the tile can see are skipped, and tiles that every
+    query sees whole take no mask.  Differentiable in reverse when the source is this step's own tokens (`held=False`).
+
+    Args:
+      q: [B,R,G,T,D].
+      source: keys and values, R rows.
+      q_pos: int32 [B,T], EMPTY for padding (such rows give 0).
+      scale: factor on the logits.
+      allow: which visible keys a query may read, by position; None: all.
+      reach: bounds of `allow` over a tile, so that whole tiles are skipped or unmasked; None: every tile is masked.
+      softcap: logits become softcap * tanh(logits / softcap).
+      q_tile, kv_tile: tile sizes in tokens; the default of `kv_tile` is 512, or 2,048 for fewer than 16 queries.
+
+    Returns:
+      Partial over the R rows.
+    """
+    B, R, G, T, D = q.shape
+    S = source.pos.shape[-1]
+    if S == 0 or T == 0:
+        return Partial(jnp.zeros((B, R, G, T, D)), jnp.full((B, R, G, T), -jnp.inf))
+    n_q = min(q_tile, T)
+    n_kv = min(kv_tile or (2_048 if T < 16 else KV_TILE), S)
+    q_starts = _starts(T, n_q)
+    kv_starts, lows, highs, wholes = _tile_stats(source.pos, n_kv)
+    trips = -(-used_length(source.pos) // n_kv) if source.held else kv_starts.shape[0]
+
+    def one_q_tile(q_start):
+        qt = lax.dynamic_slice_in_dim(q, q_start, n_q, 3)
+        qp = lax.dynamic_slice_in_dim(q_pos, q_start, n_q, 1)
+        q_lo, q_hi = jnp.min(qp), jnp.max(qp)  # padding makes q_lo EMPTY: such a tile is masked
+
+        def body(j, carry):
+            some = lows[j] <= q_hi
+            every = wholes[j] & (highs[j] <= q_lo)
+            if reach is not None:
+                near, all_near = reach(Bounds(jnp.min(jnp.where(qp == EMPTY, FAR, qp)), q_hi, lows[j], highs[j]))
+                some, every = some & near, every & all_near
+            elif allow is not None:
+                every = jnp.zeros((), bool)
+
+            def masked(carry):
+                k, v = source.tile(kv_starts[j], n_kv)
+                kp = lax.dynamic_slice_in_dim(source.pos, kv_starts[j], n_kv, 2)
+                kp = jnp.where(kv_starts[j] + jnp.arange(n_kv) >= j * n_kv, kp, EMPTY)
+                return _update(carry, qt, k, v, _visible(qp, kp, allow), scale, softcap)
+
+            def unmasked(carry):
+                k, v = source.tile(kv_starts[j], n_kv)
+                return _update(carry, qt, k, v, None, scale, softcap)
+
+            branch = jnp.where(some, jnp.where(every, 2, 1), 0)
+            return lax.switch(branch, [lambda c: c, masked, unmasked], carry)
+
+        return _finish(*lax.fori_loop(0, trips, body, _begin((B, R, G, n_q), D)))
+
+    if q_starts.shape[0] == 1:
+        return one_q_tile(0)
+    # recomputing a query tile in the backward pass keeps its residuals to one tile instead of [T, S]
+    tiles = lax.map(jax.checkpoint(one_q_tile), q_starts)
+    return jax.tree.map(lambda x: _join(x, T), tiles)
+
+
+def _join(tiles: jax.Array, total: int) -> jax.Array:
+    """[tiles,B,R,G,n,...] -> [B,R,G,total,...]; the last tile overlaps the one before."""
+    count, *_, = tiles.shape
+    n = tiles.shape[4]
+    body = jnp.moveaxis(tiles[: count - 1], 0, 3)
+    body = body.reshape(*body.shape[:3], (count - 1) * n, *body.shape[5:])
+    return jnp.concatenate([body, tiles[-1][:, :, :, count * n - total :]], axis=3)
+
+
+def merge(parts: list[Partial]) -> Partial:
+    """The exact union of attention over disjoint sets of keys."""
+    if len(parts) == 1:
+        return parts[0]
+    top = reduce(jnp.maximum, [p.lse for p in parts])
+    safe = jnp.where(jnp.isneginf(top), 0.0, top)
+    weights = [jnp.exp(p.lse - safe) for p in parts]
+    total = sum(weights)
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    # a part without keys has weight 0 and out 0
+    out = sum(p.out * (w / total)[..., None] for p, w in zip(parts, weights, strict=True))
+    return Partial(out, jnp.where(some, safe + jnp.log(total), -jnp.inf))
+
+
+def attend_visits(
+    q, source: Source, q_pos, index, count, *, size: int, scale: float, allow=None, softcap=None, block_rows: int = 0
+) -> Partial:
+    """Attention over listed pages of a source: all dynamic sparsity ends here.
+
+    Args:
+      q: [B,R,G,T,D]; T is split into Q blocks of `block_rows` consecutive queries (0: ceil(T / Q)), the last one perhaps shorter.
+      source: has `gather`.
+      q_pos: int32 [B,T].
+      index: int32 [B,R,G,Q,M], page numbers; page p is the slots p * size ... (p + 1) * size - 1.  A page listed twice counts twice.
+      count: int32 [B,R,G,Q], how many of the M are meant; the rest is not read.
+      size: slots a page; 1 lists single slots.
+      scale, allow, softcap: as in `attend`.
+    """
+    B, R, G, T, D = q.shape
+    Q, M = index.shape[3:]
+    n_q = block_rows or -(-T // Q)
+    if -(-T // n_q) != Q:
+        raise ValueError(f"T={T} queries in blocks of {n_q} are not Q={Q} blocks")
+    q = jnp.pad(q, ((0, 0),) * 3 + ((0, n_q * Q - T), (0, 0)))
+    q_pos = jnp.pad(q_pos, ((0, 0), (0, n_q * Q - T)), constant_values=EMPTY)
+    S = source.pos.shape[-1]
+    pos = jnp.broadcast_to(source.pos, (B, R, S))
+
+    def block(args):
+        i, pages, n = args  # pages [B,R,G,M], n [B,R,G]
+        slots = pages[..., None] * size + jnp.arange(size)
+        live = (jnp.arange(M) < n[..., None])[..., None] & (slots < S)
+        slots = jnp.where(live, slots, 0).reshape(B, R, G * M * size)
+        kp = jnp.take_along_axis(pos, slots, 2).reshape(B, R, G, M * size)
+        kp = jnp.where(live.reshape(kp.shape), kp, EMPTY)
+        k, v = source.gather(slots)
+        k = jnp.moveaxis(k.reshape(B, R, D, G, M * size), 3, 2)
+        v = v.reshape(B, R, G, M * size, D)
+        qt = lax.dynamic_slice_in_dim(q, i * n_q, n_q, 3)
+        qp = lax.dynamic_slice_in_dim(q_pos, i * n_q, n_q, 1)
+        # each query head has keys of its own: heads move into the row axis, with a group of one
+        row = lambda x: x.reshape(B, R * G, *x.shape[3:])  # noqa: E731
+        mask = _visible(qp, row(kp), allow)
+        carry = _begin((B, R * G, 1, n_q), D)
+        part = _finish(*_update(carry, row(qt)[:, :, None], row(k), row(v), mask, scale, softcap))
+        return jax.tree.map(lambda x: x.reshape(B, R, G, *x.shape[3:]), part)
+
+    parts = lax.map(block, (jnp.arange(Q), jnp.moveaxis(index, 3, 0), jnp.moveaxis(count, 3, 0)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3).reshape(B, R, G, Q * n_q, *x.shape[5:])[:, :, :, :T], parts)
+
+
+def mass(q, source: Source, q_pos, lse, *, scale: float, allow=None, softcap=None, q_tile=Q_TILE, kv_tile=KV_TILE):
+    """Attention probability that each key gets, summed over the queries: float32 [B,R,G,S].
+
+    Blocked attention cannot give column sums in one pass; this is the second, with `lse` known.
+
+    Args:
+      q: [B,R,G,T,D].
+      source: S keys.
+      q_pos: int32 [B,T], EMPTY for padding, which gives nothing.
+      lse: [B,R,G,T], over all keys that the query saw, this source's and others'.
+      scale, allow, softcap: as in `attend`.
+    """
+    B, R, G, T, D = q.shape
+    S = source.pos.shape[-1]
+    if S == 0 or T == 0:
+        return jnp.zeros((B, R, G, S))
+    n_q, n_kv = min(q_tile, T), min(kv_tile, S)
+    q_starts, (kv_starts, lows, _, _) = _starts(T, n_q), _tile_stats(source.pos, n_kv, fresh_only=False)
+    lse = jnp.where(jnp.isneginf(lse), BIG, lse)  # a row that saw nothing gives nothing
+
+    def one_kv_tile(j, total):
+        k, _ = source.tile(kv_starts[j], n_kv)
+        kp = lax.dynamic_slice_in_dim(source.pos, kv_starts[j], n_kv, 2)
+
+        def add(i, acc):
+            start = q_starts[i]
+            qt = lax.dynamic_slice_in_dim(q, start, n_q, 3)
+            qp = lax.dynamic_slice_in_dim(q_pos, start, n_q, 1)
+            qp = jnp.where(start + jnp.arange(n_q) >= i * n_q, qp, EMPTY)  # the last tile overlaps the one before
+            row_lse = lax.dynamic_slice_in_dim(lse, start, n_q, 3)
+
+            def visible(acc):
+                logits = jnp.where(_visible(qp, kp, allow), _logits(qt, k, scale, softcap), -BIG)
+                return acc + jnp.exp(logits - row_lse[..., None]).sum(3)
+
+            return lax.cond(lows[j] <= jnp.max(qp), visible, lambda a: a, acc)
+
+        part = lax.fori_loop(0, q_starts.shape[0], add, jnp.zeros((B, R, G, n_kv)))
+        return lax.dynamic_update_slice_in_dim(total, part, kv_starts[j], 3)
+
+    trips = -(-used_length(source.pos) // n_kv) if source.held else kv_starts.shape[0]
+    return lax.fori_loop(0, trips, one_kv_tile, jnp.zeros((B, R, G, S)))

@@ -1,0 +1,1 @@
+"""How is a slot written?  One file per method."""

@@ -1,0 +1,44 @@
+"""Small unsigned codes in bytes.  Halves of the axis share a byte, so that unpacking is a concatenation and interleaves nothing."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+
+def pack(codes, bits: int, axis: int):
+    """uint8 codes below 2**bits -> uint8 with 8 // bits codes a byte; the axis shrinks by that factor, which must divide it."""
+    parts = jnp.split(codes.astype(jnp.uint8), 8 // bits, axis)
+    packed = parts[0]
+    for i, part in enumerate(parts[1:], 1):
+        packed = packed | (part << (bits * i))
+    return packed
+
+
+def unpack(packed, bits: int, axis: int):
+    """The inverse of `pack`; uint8."""
+    if bits == 8:
+        return packed
+    mask = jnp.uint8(2**bits - 1)
+    return jnp.concatenate([(packed >> (bits * i)) & mask for i in range(8 // bits)], axis)
+
+
+def ranges(low, high, bits: int):
+    """Scale and minimum of an asymmetric quantiser as they are stored, float16, from the extremes of each group.
+
+    The minimum is clipped to float16's range; the scale is taken from the stored minimum, so that rounding it costs nothing.
+    """
+    top = float(jnp.finfo(jnp.float16).max)
+    minimum = jnp.clip(low, -top, top).astype(jnp.float16)
+    scale = jnp.clip((high - minimum.astype(jnp.float32)) / (2**bits - 1), 0.0, top).astype(jnp.float16)
+    return scale, minimum
+
+
+def quantise(x, scale, minimum, bits: int):
+    """Codes of x under a stored scale and minimum; a group of equal values has scale 0 and code 0."""
+    step = scale.astype(jnp.float32)
+    codes = (x - minimum.astype(jnp.float32)) / jnp.where(step > 0, step, 1.0)
+    return jnp.clip(jnp.round(codes), 0, 2**bits - 1).astype(jnp.uint8)
+
+
+def dequantise(codes, scale, minimum):
+    return codes.astype(jnp.float32) * scale.astype(jnp.float32) + minimum.astype(jnp.float32)

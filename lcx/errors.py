@@ -1,0 +1,16 @@
+"""Errors that a user can cause, each one line long: the key, its value, and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Wrong input.  The message is one line: key, value, what is allowed.  Command lines print it and exit with 2."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """` ; did you mean 'x'?` for the allowed name that looks most like `name`, or an empty string."""
+    found = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" ; did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,86 @@
+"""What a config file returns: a recipe with all that a run of it needs, frozen and typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Protocol
+
+from lcx.config import ModelConfig
+from lcx.errors import UserError
+from lcx.recipe import Aux, Recipe
+from lcx.schedules.chunked import Chunked, OneShot
+
+NO_PAPER: Mapping[str, float] = MappingProxyType({})
+
+
+class AuxSource(Protocol):
+    """Where a method's arrays come from; frozen, so that a config can hold it."""
+
+    def load(self, model: ModelConfig) -> Aux:
+        """One dict a layer, see `lcx.recipe.Aux`.  Raises UserError when there is none for this model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One method as it is run.
+
+    Attributes:
+      recipe: the method.
+      aux: where its arrays come from, or None.
+      schedule: how the prompt is read.
+      model: default model; the flag --model overrides it.
+      lengths: default context lengths in tokens.
+      paper: the paper's figures, name -> number, for reports.
+    """
+
+    recipe: Recipe
+    aux: AuxSource | None = None
+    schedule: OneShot | Chunked = field(default_factory=OneShot)
+    model: str = "smollm2-135m"
+    lengths: tuple[int, ...] = (512, 1_024, 2_048)
+    paper: Mapping[str, float] = field(default=NO_PAPER, hash=False)
+
+    def load_aux(self, model: ModelConfig) -> Aux | None:
+        return None if self.aux is None else self.aux.load(model)
+
+    def with_budget(self, prompt: int, budget: int | None = None, keep_ratio: float | None = None) -> Experiment:
+        """The same with another budget: tokens per KV head, or a fraction of the prompt, floored.
+
+        Raises:
+          UserError: both are given, a value is out of range, or the recipe has no budget.
+        """
+        if budget is not None and keep_ratio is not None:
+            raise UserError(f"budget={budget} and keep_ratio={keep_ratio}: give one of them")
+        if budget is None and keep_ratio is None:
+            return self
+        if keep_ratio is not None:
+            if not 0 < keep_ratio <= 1:
+                raise UserError(f"keep_ratio={keep_ratio} must be above 0 and at most 1")
+            budget = int(prompt * keep_ratio)
+        if budget is None or budget < 1:
+            raise UserError(f"budget={budget} must be at least 1 token (prompt {prompt}, keep_ratio {keep_ratio})")
+        return replace(self, recipe=self.recipe.with_budget(budget))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Recipes x context lengths on one model.
+
+    Attributes:
+      configs: paths of the configs, relative to the checkout; the first is the dense reference.
+      model: as in Experiment.
+      lengths: contexts in tokens; each point's prompt is length - continuation.
+      continuation: tokens scored after the prompt.
+      keep_ratio: budget of every recipe that has one, as a fraction of the prompt; None: the recipes' own.
+      decode_steps: single-token steps timed at each point.
+    """
+
+    configs: tuple[str, ...]
+    model: str = "smollm2-135m"
+    lengths: tuple[int, ...] = (512, 1_024, 2_048)
+    continuation: int = 256
+    keep_ratio: float | None = None
+    decode_steps: int = 24

@@ -1,0 +1,211 @@
+"""One decoder for Llama, SmolLM2, Qwen2, Qwen3 and Gemma 3.  It knows no attention method: its only attention call is `layer.attention`.
+
+Weights and caches are per layer, and the block is the jitted unit: it compiles once per distinct (recipe, shape) and runs faster on a CPU
+than one program over all layers.  `nnx` modules hold parameters; every transform is plain jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from lcx.attention import EMPTY
+from lcx.config import ModelConfig, param_shapes
+from lcx.layer import Ctx, attention, repack, split_heads
+from lcx.recipe import Recipe
+from lcx.rope import inverse_frequencies, rotate
+
+
+class Block(nnx.Module):
+    """Parameters of one layer, in the layout of `config.param_shapes`."""
+
+    def __init__(self, weights: Mapping[str, Any]):
+        for name, value in weights.items():
+            setattr(self, name, nnx.Param(value))
+
+
+class Model(nnx.Module):
+    """Parameters of a decoder.
+
+    Args:
+      config: its shape.
+      weights: name -> array, names and shapes of `config.param_shapes`.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Any]):
+        self.config = config
+        self.embed = nnx.Param(weights["embed"])
+        self.norm = nnx.Param(weights["norm"])
+        self.lm_head = None if config.tied else nnx.Param(weights["lm_head"])
+        layers = []
+        for i in range(config.num_layers):
+            start = f"layers.{i}."
+            layers.append(Block({n.removeprefix(start): w for n, w in weights.items() if n.startswith(start)}))
+        self.layers = nnx.List(layers)
+
+
+def random_weights(config: ModelConfig, seed: int = 0, dtype=jnp.float32) -> dict[str, jax.Array]:
+    """Weights with unit-variance activations, for tests: norms 1, matrices normal / sqrt(in)."""
+    weights = {}
+    for i, (name, shape) in enumerate(param_shapes(config).items()):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        value = jax.random.normal(key, shape)
+        if name.endswith("norm"):
+            value = 1.0 + 0.1 * value
+        elif name != "embed":
+            value = value / np.sqrt(shape[0]) if len(shape) == 2 else 0.1 * value
+        weights[name] = value.astype(dtype)
+    return weights
+
+
+def rms_norm(x, weight, eps):
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    return (x32 * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _activation(config: ModelConfig, x):
+    return jax.nn.silu(x) if config.activation == "silu" else jax.nn.gelu(x, approximate=True)
+
+
+def _matmul(x, w):
+    # one row at a time is a matrix-vector product, which XLA:CPU runs 2 times faster than the same as a matrix product
+    return jnp.matmul(x, w, preferred_element_type=x.dtype)
+
+
+def _enter(w, config: ModelConfig, x):
+    """Norm, projections: raw q [B,T,H,D], k, v [B,T,K,D]."""
+    H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
+    qkv = _matmul(rms_norm(x, w["attn_norm"], config.norm_eps), w["qkv"])
+    if config.qkv_bias:
+        qkv = qkv + w["qkv_bias"]
+    qkv = rearrange(qkv, "B T (N D) -> B T N D", D=D)
+    q, k, v = qkv[:, :, :H], qkv[:, :, H : H + K], qkv[:, :, H + K :]
+    if config.qk_norm:
+        q, k = rms_norm(q, w["q_norm"], config.norm_eps), rms_norm(k, w["k_norm"], config.norm_eps)
+    return q, k, v
+
+
+def _leave(w, config: ModelConfig, x, out):
+    """Output projection, residual, MLP, residual.  `out` [B,K,G,T,D]."""
+    out = _matmul(rearrange(out.astype(x.dtype), "B K G T D -> B T (K G D)"), w["o"])
+    x = x + (rms_norm(out, w["post_attn_norm"], config.norm_eps) if config.post_norms else out)
+    gate, up = jnp.split(_matmul(rms_norm(x, w["mlp_norm"], config.norm_eps), w["gate_up"]), 2, axis=-1)
+    out = _matmul(_activation(config, gate) * up, w["down"])
+    return x + (rms_norm(out, w["post_mlp_norm"], config.norm_eps) if config.post_norms else out)
+
+
+def _rotation(config: ModelConfig, local: bool):
+    inverse = inverse_frequencies(config, local)
+    return lambda x, pos, axis=-1: rotate(x, pos, inverse, axis)
+
+
+def run_block(w, x, pos, cache, aux, *, config: ModelConfig, recipe: Recipe, local: bool):
+    """One layer: x [B,T,E] -> (x, cache).  `w` name -> weight; `aux` the layer's arrays; `recipe` of this phase and layer."""
+    q, k_raw, v = _enter(w, config, x)
+    q_raw = split_heads(q, config.num_kv_heads)
+    k_raw, v = k_raw.swapaxes(1, 2), v.swapaxes(1, 2)
+    turn = _rotation(config, local)
+    K, G = config.num_kv_heads, config.group
+    per_head = {n: jnp.asarray(a).reshape(K, G) for n, a in aux.get("per_head", {}).items()}
+    ctx = Ctx(
+        q=turn(q_raw, pos[:, None, None]),
+        q_raw=q_raw,
+        k=turn(k_raw, pos[:, None]),
+        k_raw=k_raw,
+        v=v,
+        pos=pos,
+        scale=config.scale,
+        rotate=turn,
+        per_head=per_head,
+        window=config.window if local else None,
+    )
+    out, cache = attention(ctx, recipe, cache, aux.get("heads", {}))
+    return _leave(w, config, x, out), cache
+
+
+def run_repack(cache, empty, aux, *, config: ModelConfig, recipe: Recipe, old_recipe: Recipe, local: bool):
+    """The cache of a layer's prompt turned into that of decoding, `layer.repack`."""
+    slots = cache[next(c[0].name for c in recipe.chains if c[0].compress is not None)]
+    batch, dtype = slots.pos.shape[0], slots.payload["k"].dtype
+    if "probe" in cache:
+        q, pos = cache["probe"]["q"], cache["probe"]["pos"]
+    else:
+        q = jnp.zeros((batch, config.num_kv_heads, config.group, 1, config.head_dim), dtype)
+        pos = jnp.max(slots.pos, axis=(1, 2))[:, None] if slots.pos.shape[1] else jnp.full((batch, 1), EMPTY)
+    blank = jnp.zeros((batch, config.num_kv_heads, pos.shape[1], config.head_dim), dtype)
+    ctx = Ctx(q=q, q_raw=q, k=blank, k_raw=blank, v=blank, pos=pos, scale=config.scale, rotate=_rotation(config, local))
+    return repack(ctx, old_recipe, recipe, cache, empty, aux.get("heads", {}))
+
+
+@partial(jax.jit, static_argnames=("graph", "config", "recipe", "local"), donate_argnames=("cache",))
+def block_program(state, x, pos, cache, aux, *, graph, config, recipe, local):
+    """`run_block` on the split module of one layer; its cache is donated and written in place."""
+    w = {n: p[...] for n, p in vars(nnx.merge(graph, state)).items() if isinstance(p, nnx.Param)}
+    return run_block(w, x, pos, cache, aux, config=config, recipe=recipe, local=local)
+
+
+@partial(jax.jit, static_argnames=("config", "recipe", "old_recipe", "local"), donate_argnames=("empty",))
+def repack_program(cache, empty, aux, *, config, recipe, old_recipe, local):
+    """`run_repack`; the empty cache is donated and filled, the old one is freed by the caller."""
+    return run_repack(cache, empty, aux, config=config, recipe=recipe, old_recipe=old_recipe, local=local)
+
+
+@partial(jax.jit, static_argnames=("scale",))
+def embed_program(embed, tokens, *, scale):
+    """tokens int32 [B,T] -> x [B,T,E]."""
+    x = embed[tokens]
+    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+
+
+@partial(jax.jit, static_argnames=("eps", "tied"))
+def logits_program(x, norm, head, *, eps, tied):
+    """x [N,E] -> float32 logits [N,V].  `head`: the embedding [V,E] when tied, else [E,V]."""
+    x = rms_norm(x, norm, eps)
+    if not tied:
+        return jnp.matmul(x, head, preferred_element_type=jnp.float32)
+    if x.shape[0] == 1:
+        # matrix times vector reads the embedding in order; XLA:CPU is 3 times slower on vector times its transpose
+        return jnp.matmul(head, x[0], preferred_element_type=jnp.float32)[None]
+    return jnp.einsum("NE,VE->NV", x, head, preferred_element_type=jnp.float32)
+
+
+@jax.jit
+def last_rows(x, pos):
+    """The last real token's row of each batch row: [B,T,E] -> [B,E]."""
+    last = jnp.max(jnp.where(pos != EMPTY, jnp.arange(pos.shape[1]), 0), 1)
+    return jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A model taken apart for running: per-layer graph and state, split once."""
+
+    config: ModelConfig
+    embed: jax.Array
+    norm: jax.Array
+    head: jax.Array
+    layers: tuple[tuple[Any, Any], ...]
+
+    @classmethod
+    def of(cls, model: Model) -> Layers:
+        config = model.config
+        head = model.embed if config.tied else model.lm_head
+        layers = tuple(nnx.split(block) for block in model.layers)
+        return cls(config, model.embed[...], model.norm[...], head[...], layers)
+
+    @property
+    def dtype(self):
+        return self.embed.dtype
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """x [N,E], the residual stream after the last layer -> float32 [N,V]."""
+        return logits_program(x, self.norm, self.head, eps=self.config.norm_eps, tied=self.config.tied)

@@ -1,0 +1,1 @@
+"""Which keys does a query read?  One file per method."""

@@ -1,0 +1,97 @@
+"""MInference: sparse prefill over columns and diagonals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lcx.attention import EMPTY
+from lcx.errors import UserError
+from lcx.recipe import CAUSAL, Pattern
+
+PROBE, BLOCK = 64, 64  # last queries that estimate; rows and keys of a kernel block
+SINK_COLUMNS, NEAR_DIAGONALS = 30, 100  # always read
+
+
+@dataclass(frozen=True)
+class MInference(Pattern):
+    """Vertical-slash attention in prefill: the columns and diagonals that the last 64 queries attend to.
+
+    MInference 1.0, Jiang et al. 2024, arXiv:2407.02490, section 3.2; constants of the authors' code: probe of 64 queries, the first 30
+    columns and the nearest 100 distances always in, blocks of 64 rows, each chosen distance d reading the 64 keys up to (end of the
+    block - d).  Every query head chooses for itself.  Per-head sizes come as data, aux[layer]["per_head"] = {"vertical": [H],
+    "slash": [H]}; without them all heads have the authors' default for heads that their search left out.  Decode is dense.  Differs:
+    ranges that overlap are joined exactly, where the authors' kernel extends by whole blocks and reads a little more.  Exact when
+    `vertical` or `slash` covers the prompt, and for prompts of up to 64 tokens.
+
+    Args:
+      vertical: columns, >= 1 (raised to 30).
+      slash: diagonals, >= 1 (raised to 50).
+    """
+
+    vertical: int = 1_000
+    slash: int = 6_096
+
+    visits = "own"
+    block_rows = BLOCK
+    one_shot = True
+
+    def __post_init__(self):
+        if self.vertical < 1 or self.slash < 1:
+            raise UserError(f"MInference: vertical={self.vertical} and slash={self.slash} must be at least 1")
+
+    def at(self, phase, layer):
+        return self if phase == "prefill" else CAUSAL
+
+    def _sizes(self, ctx, name: str, least: int) -> jax.Array:
+        """int32 [1,R,G,1]."""
+        R, G = ctx.q.shape[1:3]
+        size = (ctx.per_head or {}).get(name, jnp.full((R, G), getattr(self, name)))
+        return jnp.maximum(size, least)[None, :, :, None]
+
+    def _estimate(self, ctx):
+        """(columns, diagonals): probability of the probe by key and by distance, float32 [B,R,G,T]."""
+        T = ctx.pos.shape[1]
+        probe = ctx.last_queries(min(PROBE, T))
+        logits = jnp.einsum("brgtd,brsd->brgts", probe.q, ctx.k, preferred_element_type=jnp.float32) * ctx.scale
+        distance = probe.pos[:, :, None] - ctx.pos[:, None, :]  # [B,W,T]
+        seen = (distance >= 0) & (ctx.pos != EMPTY)[:, None, :] & (probe.pos != EMPTY)[:, :, None]
+        seen = seen[:, None, None]
+        p = jax.nn.softmax(jnp.where(seen, logits, -1e30), -1) * seen
+        far = jnp.where(distance >= 0, distance, T)
+        by_distance = jax.vmap(  # over B: distances are shared by the heads
+            lambda p, d: jnp.zeros((*p.shape[:2], T)).at[:, :, d].add(p, mode="drop")
+        )(p, far)
+        return p.sum(3), by_distance
+
+    def visit(self, ctx, held):
+        T = ctx.pos.shape[1]
+        columns, diagonals = self._estimate(ctx)
+        number = jnp.arange(T)
+        columns = jnp.where(number < SINK_COLUMNS, jnp.inf, jnp.where((ctx.pos != EMPTY)[:, None, None], columns, -1.0))
+        diagonals = jnp.where(number < NEAR_DIAGONALS, jnp.inf, diagonals)
+        column = _best(columns, self._sizes(ctx, "vertical", 30))
+        diagonal = _best(diagonals, self._sizes(ctx, "slash", 50))
+        blocks = -(-T // BLOCK)
+        end = (jnp.arange(blocks) + 1)[:, None] * BLOCK  # [blocks,1]
+        # a chosen distance d below `end` reads keys max(end - d, 64) - 64 ... max(end - d, 64) - 1: count the d that cover key j
+        total = jnp.pad(jnp.cumsum(diagonal, -1), ((0, 0),) * 3 + ((1, 0),))
+        first = jnp.clip(end - BLOCK - number, 0, T)
+        last = jnp.clip(jnp.where(number < BLOCK, end, end - number), 0, T)
+        covered = jnp.take(total, last, axis=-1) - jnp.take(total, first, axis=-1) > 0
+        read = (covered | column[..., None, :]) & (number < end)  # [B,R,G,blocks,T]
+        count = read.sum(-1, dtype=jnp.int32)
+        index = jnp.argsort(~read, axis=-1, stable=True).astype(jnp.int32)
+        bound = T if ctx.per_head else self.vertical + BLOCK * (self.slash + 1)
+        return index[..., : min(T, max(bound, 30 + BLOCK * 101))], count, 1
+
+
+def _best(score, size):
+    """bool like score: the `size` highest of the last axis; at least everything that is infinite; ties keep the first."""
+    T = score.shape[-1]
+    _, order = lax.top_k(score, T)
+    rank = jnp.argsort(order, -1)
+    return (rank < size) | jnp.isinf(score)

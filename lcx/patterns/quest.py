@@ -1,0 +1,110 @@
+"""Quest: read the pages whose keys may answer this query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+from jax import lax
+
+from lcx.attention import EMPTY, used_length
+from lcx.errors import UserError
+from lcx.recipe import CAUSAL, Pattern
+
+
+@dataclass(frozen=True)
+class Quest(Pattern):
+    """At decode each query reads the pages with the highest upper bound of q.k, from the pages' element-wise extremes of the keys.
+
+    Quest, Tang et al. 2024, arXiv:2406.10774, section 3.3 and the authors' code: pages of 16, the first two layers dense, at least 3
+    pages, the last page always.  Prefill is dense, and all tokens stay in memory beside the extremes (1/16 more).  Pages are chosen per
+    query head as in the authors' evaluation; own tokens of the step are read by all.  Exact when the budget covers the context.
+
+    Args:
+      budget: tokens read per query head, rounded down to pages.
+      page: tokens a page.
+      dense_layers: layers at the bottom that read everything.
+      group_reduce: None, or "max": one page set for the query heads of a KV head, by their highest score.
+    """
+
+    budget: int = 1_024
+    page: int = 16
+    dense_layers: int = 2
+    group_reduce: str | None = None
+
+    visits = "held"
+    least_pages = 3
+
+    def __post_init__(self):
+        if self.page < 1 or self.budget < self.page:
+            raise UserError(f"Quest: budget={self.budget} must be at least one page, page={self.page} at least 1")
+        if self.dense_layers < 0:
+            raise UserError(f"Quest: dense_layers={self.dense_layers} must be at least 0")
+        if self.group_reduce not in (None, "max"):
+            raise UserError(f"Quest: group_reduce={self.group_reduce!r}: allowed are None, 'max'")
+
+    def at(self, phase, layer):
+        if layer < self.dense_layers:
+            return CAUSAL
+        return Summaries(self.page) if phase == "prefill" else self
+
+    def layout(self, slots, head_dim, dtype):
+        return Summaries(self.page).layout(slots, head_dim, dtype)
+
+    def summarise(self, store, before, after, num_new):
+        return Summaries(self.page).summarise(store, before, after, num_new)
+
+    def visit(self, ctx, held):
+        q = ctx.q.astype(jnp.float32)
+        low, high = (held.slots.state[n].astype(jnp.float32) for n in ("page_min", "page_max"))
+        # sum over d of max(q*low, q*high) is q+ . high + q- . low
+        score = jnp.einsum("brgtd,brdp->brgtp", jnp.maximum(q, 0), high)
+        score += jnp.einsum("brgtd,brdp->brgtp", jnp.minimum(q, 0), low)
+        if self.group_reduce == "max":
+            score = jnp.broadcast_to(score.max(2, keepdims=True), score.shape)
+        pages = score.shape[-1]
+        number = jnp.arange(pages)
+        used = -(-used_length(held.pos, axis=-1) // self.page)[:, :, None, None, None]  # [B,R|1,1,1,1]
+        score = jnp.where(number == used - 1, jnp.inf, jnp.where(number < used, score, -jnp.inf))
+        wanted = min(max(self.budget // self.page, self.least_pages), pages)
+        _, index = lax.top_k(score, wanted)
+        count = jnp.broadcast_to(jnp.minimum(used[..., 0], wanted), index.shape[:-1])
+        return index, count, self.page
+
+    def with_budget(self, budget):
+        return replace(self, budget=budget)
+
+
+@dataclass(frozen=True)
+class Summaries(Pattern):
+    """Reads everything and keeps the extremes of each page's keys up to date: Quest while it is not choosing."""
+
+    page: int
+
+    def layout(self, slots, head_dim, dtype):
+        shape = (head_dim, -(-slots // self.page))
+        return {"page_min": (shape, dtype), "page_max": (shape, dtype)}
+
+    def summarise(self, store, before, after, num_new):
+        S = after.pos.shape[-1]
+        pages = after.state["page_min"].shape[-1]
+        B, R = after.payload["k"].shape[:2]
+        # tokens are appended, so only pages from the first free slot on have changed
+        touched = used_length(before.pos, axis=-1)[..., None] // self.page + jnp.arange(min(num_new // self.page + 2, pages))
+        touched = jnp.broadcast_to(touched, (B, R, touched.shape[-1]))
+        slots = touched[..., None] * self.page + jnp.arange(self.page)
+        inside = slots < S
+        slots = jnp.where(inside, slots, S - 1).reshape(B, R, -1)
+        k, _ = store.gather(after, slots)
+        pos = jnp.take_along_axis(jnp.broadcast_to(after.pos, (B, R, S)), slots, -1)
+        valid = (pos != EMPTY).reshape(inside.shape) & inside
+        k = k.reshape(B, R, k.shape[2], touched.shape[-1], self.page)
+        low = jnp.min(jnp.where(valid[:, :, None], k, jnp.inf), -1)
+        high = jnp.max(jnp.where(valid[:, :, None], k, -jnp.inf), -1)
+        some = jnp.any(valid, -1)[:, :, None]
+        b, r = jnp.arange(B)[:, None, None], jnp.arange(R)[None, :, None]
+        state = dict(after.state)
+        for name, x in (("page_min", low), ("page_max", high)):
+            x = jnp.moveaxis(jnp.where(some, x, 0), 2, 3).astype(state[name].dtype)
+            state[name] = state[name].at[b, r, :, touched].set(x, mode="drop")
+        return replace(after, state=state)

@@ -1,0 +1,1 @@
+"""Which tokens stay?  One file per method."""

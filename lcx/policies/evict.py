@@ -1,0 +1,68 @@
+"""The base of policies that forget: rank what is held and what is new, keep the best `budget`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lcx.attention import EMPTY
+from lcx.cache import Edit, Held, Tokens
+from lcx.errors import UserError
+from lcx.recipe import Policy
+
+
+def check_budget(method: str, budget: int, least: int = 1) -> None:
+    """Raise UserError unless `budget` is an int of at least `least` tokens."""
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < least:
+        raise UserError(f"{method}: budget={budget!r} must be an integer of at least {least} tokens")
+
+
+class Evict(Policy):
+    """Keeps the `budget` tokens with the highest score per KV head, deciding after every step.
+
+    A method overrides `score`; `update` as well if it keeps per-slot state.  Ties keep the lower slot within a step of many tokens.
+    """
+
+    budget: int
+
+    def capacity(self, tokens, page):
+        return self.budget
+
+    def update(self, ctx, held: Held, new: Tokens) -> tuple[Held, Tokens]:
+        """Bring per-slot state up to date with this step's attention, before scoring."""
+        return held, new
+
+    def score(self, ctx, held: Held, new: Tokens) -> tuple[jax.Array, jax.Array]:
+        """([B,R|1,S], [B,R|1,N]) in one type, int32 or float32; higher stays.  EMPTY places are handled by the caller."""
+        raise NotImplementedError
+
+    def edit(self, ctx, held, new):
+        held, new = self.update(ctx, held, new)
+        held_score, new_score = self.score(ctx, held, new)
+        low = jnp.iinfo(jnp.int32).min if jnp.issubdtype(held_score.dtype, jnp.integer) else -jnp.inf
+        held_score = jnp.where(held.pos == EMPTY, low, held_score)
+        new_score = jnp.where(jnp.broadcast_to(new.pos, new_score.shape) == EMPTY, low, new_score)
+        return held.slots, Edit(_destinations(held_score, new_score, low), new), None
+
+    def with_budget(self, budget):
+        return replace(self, budget=budget)
+
+
+def _destinations(held_score: jax.Array, new_score: jax.Array, low) -> jax.Array:
+    """Slot of every new token, S for those that are dropped; free slots are handed out lowest first."""
+    S, N = held_score.shape[-1], new_score.shape[-1]
+    both = jnp.concatenate([held_score, new_score], -1)
+    if N == 1:
+        victim = jnp.argmin(both, -1, keepdims=True)  # an empty slot has the lowest score of all
+        return victim.astype(jnp.int32)
+    _, kept = lax.top_k(both, S)
+    b, r = jnp.arange(both.shape[0])[:, None, None], jnp.arange(both.shape[1])[None, :, None]
+    stays = jnp.zeros(both.shape, bool).at[b, r, kept].set(True) & (both > low)
+    free = jnp.argsort(stays[..., :S], axis=-1, stable=True)
+    enters = stays[..., S:]
+    rank = jnp.cumsum(enters, -1) - 1
+    slot = jnp.take_along_axis(free, jnp.clip(rank, 0, S - 1), -1)
+    return jnp.where(enters, slot, S).astype(jnp.int32)

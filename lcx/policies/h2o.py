@@ -1,0 +1,41 @@
+"""H2O: heavy hitters by accumulated attention, and recent tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+
+from lcx.attention import BIG, mass, tokens_source
+from lcx.policies.evict import Evict, check_budget
+
+
+@dataclass(frozen=True)
+class H2O(Evict):
+    """Keeps the tokens with the most attention so far, and the most recent ones: half of the budget each.
+
+    H2O, Zhang et al. 2023, arXiv:2306.14048, section 4.  The score is the plain sum of attention probabilities over all queries of
+    prefill and decode, not divided by how many queries saw the token.  Differs: the mean over a GQA group decides, one set per KV
+    head (the paper's models have no GQA); tokens that arrive in one step attend to one another before any of them is evicted.
+
+    Args:
+      budget: tokens kept per KV head, >= 2; budget - budget // 2 of them are the most recent.
+    """
+
+    budget: int = 1_024
+
+    state = {"mass": jnp.float32}
+
+    def __post_init__(self):
+        check_budget("H2O", self.budget, 2)
+
+    def update(self, ctx, held, new):
+        own = tokens_source(ctx.k, ctx.v, ctx.pos)
+        past = held.slots.state["mass"] + ctx.mass(held.source, mass).mean(2)
+        new = replace(new, state={"mass": ctx.mass(own, mass).mean(2)})
+        return replace(held, slots=replace(held.slots, state=held.slots.state | {"mass": past})), new
+
+    def score(self, ctx, held, new):
+        first_recent = ctx.last_pos[:, None, None] - (self.budget - self.budget // 2) + 1
+        rank = lambda pos, m: jnp.where(pos >= first_recent, BIG, m)  # noqa: E731
+        return rank(held.pos, held.slots.state["mass"]), rank(new.pos, new.state["mass"])

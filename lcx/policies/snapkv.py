@@ -1,0 +1,60 @@
+"""SnapKV: the end of the prompt votes for what to keep of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+
+from lcx.attention import BIG, EMPTY, attend, mass
+from lcx.errors import UserError
+from lcx.policies.evict import check_budget
+from lcx.recipe import Compress
+
+
+@dataclass(frozen=True)
+class SnapKV(Compress):
+    """Keeps the observation window and the tokens that its queries attend to, smoothed over neighbours.
+
+    SnapKV, Li et al. 2024, arXiv:2404.14469, section 4; defaults of the authors' class, with budget 1,024 of their LongBench runs.
+    Prefill is dense; the cut happens once, at the end of the prompt; decode appends.  Differs: the mean over a GQA group decides, one
+    set per KV head (the authors store one per query head).  Exact while the prompt is within the budget.
+
+    Args:
+      budget: tokens kept per KV head, the window included.
+      window: last prompt tokens whose queries vote, and which always stay.
+      kernel: width of the pooling, odd; zeros pad the edges and count in the mean.
+      pooling: "avg" or "max", per KV head after the group's mean for "avg"; per query head before it for "max".
+    """
+
+    budget: int = 1_024
+    window: int = 64
+    kernel: int = 5
+    pooling: str = "avg"
+
+    def __post_init__(self):
+        check_budget("SnapKV", self.budget, self.window + 1)
+        if self.window < 1:
+            raise UserError(f"SnapKV: window={self.window} must be at least 1 token")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise UserError(f"SnapKV: kernel={self.kernel} must be odd and at least 1")
+        if self.pooling not in ("avg", "max"):
+            raise UserError(f"SnapKV: pooling={self.pooling!r}: allowed are avg, max")
+
+    @property
+    def probe(self) -> int:
+        return self.window
+
+    def score(self, ctx, held):
+        lse = attend(ctx.q, held.source, ctx.pos, scale=ctx.scale, softcap=ctx.softcap).lse
+        votes = mass(ctx.q, held.source, ctx.pos, lse, scale=ctx.scale, softcap=ctx.softcap)
+        first = ctx.last_pos[:, None, None] - self.window + 1
+        in_window = held.pos >= first
+        votes = jnp.where(in_window[:, :, None] | (held.pos == EMPTY)[:, :, None], 0.0, votes)
+        size, same = (1, 1, 1, self.kernel), "SAME"
+        if self.pooling == "avg":
+            pooled = lax.reduce_window(votes, 0.0, lax.add, size, (1, 1, 1, 1), same) / self.kernel
+        else:
+            pooled = lax.reduce_window(votes, -jnp.inf, lax.max, size, (1, 1, 1, 1), same)
+        return jnp.where(in_window, BIG, pooled.mean(2))

@@ -1,0 +1,40 @@
+"""TOVA: what the last query attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from lcx.attention import BIG, mass, tokens_source
+from lcx.policies.evict import Evict, check_budget
+
+
+@dataclass(frozen=True)
+class TOVA(Evict):
+    """Keeps the tokens with the highest attention from the last query, one set for the whole layer.
+
+    TOVA, Oren et al. 2024, arXiv:2401.06104, section 3: the attention of the last query, averaged over all query heads; after every
+    step.  Nothing is protected, not even the newest token.
+
+    Args:
+      budget: tokens kept, >= 1.
+      keep_last: also force the step's last token in, as NVIDIA/kvpress does.
+    """
+
+    budget: int = 1_024
+    keep_last: bool = False
+
+    shared = True
+    all_heads = True
+
+    def __post_init__(self):
+        check_budget("TOVA", self.budget)
+
+    def score(self, ctx, held, new):
+        last = ctx.last_queries(1)
+        over_heads = lambda source: last.mass(source, mass).mean((1, 2))[:, None]  # noqa: E731
+        own = over_heads(tokens_source(ctx.k, ctx.v, ctx.pos))
+        if self.keep_last:
+            own = jnp.where(new.pos == ctx.last_pos[:, None, None], BIG, own)
+        return over_heads(held.source), own

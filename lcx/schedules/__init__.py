@@ -1,0 +1,1 @@
+"""In which order do the steps run?  One file per method."""

@@ -1,0 +1,62 @@
+"""Long real texts that come with lcx.  Each is checked against its sha256 when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from lcx.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text file beside this one.  `tokens` counts SmolLM2's."""
+
+    file: str
+    sha256: str
+    characters: int
+    tokens: int
+    origin: str
+    licence: str
+
+
+TEXTS = {
+    "pride_and_prejudice": Text(
+        file="pride_and_prejudice.txt",
+        sha256="5c33684c9190dae76cc7bc6ad5c7b4941e01d66e96df58d2d73b98939cc3d6e8",
+        characters=211_931,
+        tokens=52_527,
+        origin="Jane Austen, Pride and Prejudice (1813), chapters 1 to 21 from 'It is a truth universally' on, as in "
+        "the R package janeaustenr (Debian r-cran-janeaustenr, lines joined with a line feed)",
+        licence="public domain",
+    ),
+}
+
+
+def path(name: str) -> Path:
+    """Where a text lies.
+
+    Raises:
+      UserError: no text of this name.
+    """
+    if name not in TEXTS:
+        raise UserError(f"text={name!r}; allowed are {', '.join(TEXTS)}{nearest(name, TEXTS)}")
+    return Path(__file__).parent / TEXTS[name].file
+
+
+def read(name: str) -> str:
+    """A text, UTF-8, lines ending in a line feed.
+
+    Raises:
+      UserError: no text of this name, or a file that is missing or was changed.
+    """
+    file = path(name)
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"text={name!r}: {file} cannot be read: {error.strerror}; install lcx again") from None
+    found = hashlib.sha256(raw).hexdigest()
+    if found != TEXTS[name].sha256:
+        raise UserError(f"text={name!r}: {file} has sha256 {found}, not {TEXTS[name].sha256}; install lcx again")
+    return raw.decode("utf-8")
