@@ -87,6 +87,11 @@ class Store:
     def leaves(self) -> dict[str, Leaf]:
         return self.codec.leaves(self.head_dim, self.dtype)
 
+    @property
+    def plain(self) -> bool:
+        """Whether slots hold keys and values in the model's own type, so that decoding them is no work."""
+        return self.codec.plain and all(leaf.dtype == self.dtype for leaf in self.leaves.values())
+
     def empty(self, batch: int, rows: int, pos_rows: int, slots: int, state: Mapping[str, Any]) -> Slots:
         """Slots that hold nothing.  `state` maps the name of a per-slot array to its dtype."""
         return Slots(

@@ -112,6 +112,7 @@ class Codec:
 
     page: int = 1
     rotated: ClassVar[bool] = True  # keys come after RoPE
+    plain: ClassVar[bool] = False  # the payload is k [B,R,D,S] and v [B,R,S,D] in a float type
 
     def leaves(self, head_dim: int, dtype):
         """Name -> `cache.Leaf` of the payload."""

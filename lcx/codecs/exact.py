@@ -26,6 +26,8 @@ class Exact(Codec):
     Keys lie channel-major, [D, S]: decode on XLA:CPU reads them 4 times faster than [S, D].
     """
 
+    plain = True
+
     def leaves(self, head_dim, dtype):
         return {"k": Leaf(dtype, before=(head_dim,)), "v": Leaf(dtype, after=(head_dim,))}
 

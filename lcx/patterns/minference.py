@@ -14,6 +14,7 @@ from lcx.recipe import CAUSAL, Pattern
 
 PROBE, BLOCK = 64, 64  # last queries that estimate; rows and keys of a kernel block
 SINK_COLUMNS, NEAR_DIAGONALS = 30, 100  # always read
+LEAST_VERTICAL, LEAST_SLASH = 30, 50
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,13 @@ class MInference(Pattern):
         T = ctx.pos.shape[1]
         probe = ctx.last_queries(min(PROBE, T))
         logits = jnp.einsum("brgtd,brsd->brgts", probe.q, ctx.k, preferred_element_type=jnp.float32) * ctx.scale
+        if ctx.softcap is not None:
+            logits = ctx.softcap * jnp.tanh(logits / ctx.softcap)
         distance = probe.pos[:, :, None] - ctx.pos[:, None, :]  # [B,W,T]
         seen = (distance >= 0) & (ctx.pos != EMPTY)[:, None, :] & (probe.pos != EMPTY)[:, :, None]
         seen = seen[:, None, None]
+        if ctx.allow is not None:  # a layer with a window of its own
+            seen &= ctx.allow(probe.pos[:, None, None, :, None], ctx.pos[:, None, None, None, :])
         p = jax.nn.softmax(jnp.where(seen, logits, -1e30), -1) * seen
         far = jnp.where(distance >= 0, distance, T)
         by_distance = jax.vmap(  # over B: distances are shared by the heads
@@ -73,20 +78,30 @@ class MInference(Pattern):
         number = jnp.arange(T)
         columns = jnp.where(number < SINK_COLUMNS, jnp.inf, jnp.where((ctx.pos != EMPTY)[:, None, None], columns, -1.0))
         diagonals = jnp.where(number < NEAR_DIAGONALS, jnp.inf, diagonals)
-        column = _best(columns, self._sizes(ctx, "vertical", 30))
-        diagonal = _best(diagonals, self._sizes(ctx, "slash", 50))
-        blocks = -(-T // BLOCK)
-        end = (jnp.arange(blocks) + 1)[:, None] * BLOCK  # [blocks,1]
-        # a chosen distance d below `end` reads keys max(end - d, 64) - 64 ... max(end - d, 64) - 1: count the d that cover key j
+        column = _best(columns, self._sizes(ctx, "vertical", LEAST_VERTICAL))
+        diagonal = _best(diagonals, self._sizes(ctx, "slash", LEAST_SLASH))
         total = jnp.pad(jnp.cumsum(diagonal, -1), ((0, 0),) * 3 + ((1, 0),))
-        first = jnp.clip(end - BLOCK - number, 0, T)
-        last = jnp.clip(jnp.where(number < BLOCK, end, end - number), 0, T)
-        covered = jnp.take(total, last, axis=-1) - jnp.take(total, first, axis=-1) > 0
-        read = (covered | column[..., None, :]) & (number < end)  # [B,R,G,blocks,T]
-        count = read.sum(-1, dtype=jnp.int32)
-        index = jnp.argsort(~read, axis=-1, stable=True).astype(jnp.int32)
-        bound = T if ctx.per_head else self.vertical + BLOCK * (self.slash + 1)
-        return index[..., : min(T, max(bound, 30 + BLOCK * 101))], count, 1
+        M = T if ctx.per_head else min(T, self._most_keys())
+        b, r, g = (i[..., None] for i in jnp.ogrid[tuple(slice(n) for n in column.shape[:3])])
+
+        def one_block(end):
+            # a chosen distance d below `end` reads keys max(end - d, 64) - 64 ... max(end - d, 64) - 1: count the d that cover key j
+            first = jnp.clip(end - BLOCK - number, 0, T)
+            last = jnp.clip(jnp.where(number < BLOCK, end, end - number), 0, T)
+            covered = total[..., last] - total[..., first] > 0
+            read = (covered | column) & (number < end)
+            place = jnp.where(read, jnp.cumsum(read, -1) - 1, M)
+            index = jnp.zeros((*read.shape[:-1], M), jnp.int32).at[b, r, g, place].set(number, mode="drop")
+            return index, read.sum(-1, dtype=jnp.int32)
+
+        # block by block: masks of [blocks, T] would be larger than the lists that come out
+        index, count = lax.map(one_block, (jnp.arange(-(-T // BLOCK)) + 1) * BLOCK)
+        return jnp.moveaxis(index, 0, 3), jnp.moveaxis(count, 0, 3), 1
+
+    def _most_keys(self) -> int:
+        """Keys that one block reads at most: columns, the band of the near diagonals, 64 for every other diagonal."""
+        others = max(0, self.slash - NEAR_DIAGONALS)
+        return max(self.vertical, LEAST_VERTICAL) + NEAR_DIAGONALS + BLOCK - 1 + BLOCK * others
 
 
 def _best(score, size):
