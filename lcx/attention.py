@@ -261,7 +261,10 @@ def _attend_tiles(q, source: Source, q_pos, used, n_q, n_kv, scale, allow, reach
 
 def _join(tiles: jax.Array, total: int) -> jax.Array:
     """[tiles,B,R,G,n,...] -> [B,R,G,total,...]; the last tile overlaps the one before."""
-    count, *_, = tiles.shape
+    (
+        count,
+        *_,
+    ) = tiles.shape
     n = tiles.shape[4]
     body = jnp.moveaxis(tiles[: count - 1], 0, 3)
     body = body.reshape(*body.shape[:3], (count - 1) * n, *body.shape[5:])

@@ -55,7 +55,9 @@ class ModelConfig:
         if (self.window is None) != (self.global_every is None):
             raise ValueError(f"window={self.window} and global_every={self.global_every} go together")
         if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
-            raise ValueError(f"rope_divisors has {len(self.rope_divisors)} entries, head_dim // 2 is {self.head_dim // 2}")
+            raise ValueError(
+                f"rope_divisors has {len(self.rope_divisors)} entries, head_dim // 2 is {self.head_dim // 2}"
+            )
 
     @property
     def group(self) -> int:

@@ -133,7 +133,9 @@ def _chain_attention(ctx: Ctx, recipe: Recipe, chain: Chain, stores, cache) -> t
     if recipe.raw_keys:
         first = cache[chain[0].name]
         q_pos, own_pos, turned[chain[0].name] = pattern.rope_pos(ctx, first.pos)
-        ctx = replace(ctx, q=ctx.rotate(ctx.q_raw, q_pos[:, None, None], -1), k=ctx.rotate(ctx.k_raw, own_pos[:, None], -1))
+        ctx = replace(
+            ctx, q=ctx.rotate(ctx.q_raw, q_pos[:, None, None], -1), k=ctx.rotate(ctx.k_raw, own_pos[:, None], -1)
+        )
 
     def allow(q_pos, kv_pos):
         mask = pattern.allow(ctx, q_pos, kv_pos)
@@ -165,13 +167,19 @@ def _chain_attention(ctx: Ctx, recipe: Recipe, chain: Chain, stores, cache) -> t
         held.append(here)
         if pattern.visits == "held":
             index, count, size = pattern.visit(ctx, here)
-            parts.append(attend_visits(ctx.q, here.source, ctx.pos, index, count, size=size, block_rows=pattern.block_rows, **settings))
+            parts.append(
+                attend_visits(
+                    ctx.q, here.source, ctx.pos, index, count, size=size, block_rows=pattern.block_rows, **settings
+                )
+            )
         else:
             parts.append(attend(ctx.q, here.source, ctx.pos, reach=reach if masked else None, **settings))
     own = tokens_source(ctx.k, ctx.v, ctx.pos)
     if pattern.visits == "own":
         index, count, size = pattern.visit(ctx, held[0])
-        parts.append(attend_visits(ctx.q, own, ctx.pos, index, count, size=size, block_rows=pattern.block_rows, **settings))
+        parts.append(
+            attend_visits(ctx.q, own, ctx.pos, index, count, size=size, block_rows=pattern.block_rows, **settings)
+        )
     else:
         parts.append(attend(ctx.q, own, ctx.pos, reach=reach if masked else None, **settings))
     part = merge(parts)

@@ -195,20 +195,28 @@ class Recipe:
         for chain in self.chains:
             heads = {s.heads for s in chain}
             if len(heads) > 1:
-                raise UserError(f"chain {[s.name for s in chain]} joins heads {sorted(heads)}; a chain has one set of heads")
+                raise UserError(
+                    f"chain {[s.name for s in chain]} joins heads {sorted(heads)}; a chain has one set of heads"
+                )
             if self.raw_keys and len(chain) > 1:
-                raise UserError(f"{type(self.pattern).__name__} rotates by cache position; not with chain {[s.name for s in chain]}")
+                raise UserError(
+                    f"{type(self.pattern).__name__} rotates by cache position; not with chain {[s.name for s in chain]}"
+                )
             for s in chain:
                 if s.compress is not None and s is not chain[0]:
                     raise UserError(f"compress of segment {s.name!r}: only the first segment of a chain can have one")
                 if s.policy.all_heads and s.heads != "all":
-                    raise UserError(f"{type(s.policy).__name__} keeps one set for the layer; heads={s.heads!r} must be 'all'")
+                    raise UserError(
+                        f"{type(s.policy).__name__} keeps one set for the layer; heads={s.heads!r} must be 'all'"
+                    )
                 if s.codec.page > 1 and not s.policy.ordered:
                     raise UserError(
                         f"{type(s.codec).__name__} encodes pages of {s.codec.page}; {type(s.policy).__name__} evicts single tokens"
                     )
                 if s.codec.page > 1 and s is chain[0]:
-                    raise UserError(f"{type(s.codec).__name__} needs a segment before it in a chain that hands down whole pages")
+                    raise UserError(
+                        f"{type(s.codec).__name__} needs a segment before it in a chain that hands down whole pages"
+                    )
                 if self.pattern.visits == "held" and (s.codec.page > 1 or not s.policy.ordered):
                     raise UserError(
                         f"{type(self.pattern).__name__} reads pages in order; not with "
@@ -273,7 +281,9 @@ class Recipe:
                 chains.append(chain)
         pattern = self.pattern.with_budget(budget)
         if found + (pattern is not None) != 1 or (found and len(chains) > 1):
-            raise UserError("budget: this recipe keeps all tokens or has several budgets, so it takes no --budget or --keep_ratio")
+            raise UserError(
+                f"budget={budget}: this recipe keeps all tokens or has several budgets; it takes no --budget or --keep_ratio"
+            )
         segments = tuple(c[0] if len(c) == 1 else c for c in chains)
         return replace(self, segments=segments, pattern=self.pattern if pattern is None else pattern)
 
@@ -288,12 +298,16 @@ class Recipe:
             for s in here:
                 need = s.policy.capacity(tokens, s.codec.page)
                 if s.slots is not None and s.slots < need:
-                    raise UserError(f"slots={s.slots} of segment {s.name!r} cannot hold {need} tokens; give at least {need}")
+                    raise UserError(
+                        f"slots={s.slots} of segment {s.name!r} cannot hold {need} tokens; give at least {need}"
+                    )
                 sizes[s.name] = need if s.slots is None else s.slots
                 tokens = s.policy.handed(tokens)
         return sizes
 
-    def init_layer(self, model: ModelConfig, layer: int, phase: str, sizes: dict[str, int], aux: Aux | None, batch: int, dtype):
+    def init_layer(
+        self, model: ModelConfig, layer: int, phase: str, sizes: dict[str, int], aux: Aux | None, batch: int, dtype
+    ):
         """An empty cache of one layer: segment name -> Slots, and the probe of the prefill phase."""
         here = self.at(phase, layer)
         cache: dict[str, Any] = {}
@@ -312,12 +326,32 @@ class Recipe:
             cache["probe"] = {"q": jnp.zeros(shape, dtype), "pos": jnp.full((batch, self.probe), EMPTY, jnp.int32)}
         return cache
 
-    def init(self, model: ModelConfig, prompt: int, new_tokens: int = 0, *, phase="decode", aux=None, batch=1, dtype=jnp.float32):
+    def init(
+        self,
+        model: ModelConfig,
+        prompt: int,
+        new_tokens: int = 0,
+        *,
+        phase="decode",
+        aux=None,
+        batch=1,
+        dtype=jnp.float32,
+    ):
         """The empty cache: a list with one dict of segments a layer."""
         sizes = self.capacities(phase, prompt, new_tokens)
         return [self.init_layer(model, i, phase, sizes, aux, batch, dtype) for i in range(model.num_layers)]
 
-    def bytes(self, model: ModelConfig, context: int, new_tokens: int = 0, *, phase="decode", aux=None, batch=1, dtype=jnp.float32):
+    def bytes(
+        self,
+        model: ModelConfig,
+        context: int,
+        new_tokens: int = 0,
+        *,
+        phase="decode",
+        aux=None,
+        batch=1,
+        dtype=jnp.float32,
+    ):
         """Bytes of the cache's arrays, everything counted: codes, scales, tails, positions, page summaries, scores.
 
         Args:
@@ -347,7 +381,9 @@ class Recipe:
                 raise UserError(f"aux names no heads {missing} in layer {layer}; the recipe needs {sorted(named)}")
             every = sorted(int(h) for n in named for h in heads[n])
             if every != list(range(model.num_kv_heads)):
-                raise UserError(f"heads of layer {layer} are {every}; each of 0..{model.num_kv_heads - 1} must appear once")
+                raise UserError(
+                    f"heads of layer {layer} are {every}; each of 0..{model.num_kv_heads - 1} must appear once"
+                )
 
 
 def num_rows(model: ModelConfig, heads: str, aux: Aux | None, layer: int) -> int:

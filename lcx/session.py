@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,6 +17,23 @@ from lcx.errors import UserError
 from lcx.model import Layers, Model, block_program, embed_program, last_rows, repack_program
 from lcx.recipe import Aux, Recipe
 from lcx.schedules.chunked import OneShot
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What compiling ahead took and found.
+
+    Attributes:
+      seconds: time spent.
+      num_programs: distinct programs of layers.
+      temp_bytes: XLA's scratch memory of the largest program, beside its arguments and results.
+      extra_bytes: most that a program holds beside weights and caches: scratch, residual stream and logits.
+    """
+
+    seconds: float
+    num_programs: int
+    temp_bytes: int
+    extra_bytes: int
 
 
 class Session:
@@ -34,7 +53,15 @@ class Session:
     """
 
     def __init__(
-        self, model: Model | Layers, recipe: Recipe, prompt: int, new_tokens: int = 0, *, aux: Aux | None = None, batch=1, schedule=None
+        self,
+        model: Model | Layers,
+        recipe: Recipe,
+        prompt: int,
+        new_tokens: int = 0,
+        *,
+        aux: Aux | None = None,
+        batch=1,
+        schedule=None,
     ):
         self.layers = model if isinstance(model, Layers) else Layers.of(model)
         self.config = self.layers.config
@@ -56,6 +83,47 @@ class Session:
         self.cache: list[dict[str, Any] | None] = [None] * self.config.num_layers
         self.next_pos = np.zeros(batch, np.int32)
         self.peak_cache_bytes = 0
+        self._programs: dict[Any, Any] = {}
+        # layers that differ neither in recipe nor in shapes share a program
+        self._kinds = {phase: [self._kind(phase, i) for i in range(self.config.num_layers)] for phase in self.recipes}
+
+    def _kind(self, phase: str, layer: int):
+        cache = jax.eval_shape(lambda: self._empty(phase, layer))
+        leaves, tree = jax.tree.flatten((cache, self.aux[layer]))
+        shapes = tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves)
+        return hash((phase, self.recipes[phase][layer], self.config.is_local(layer), tree, shapes))
+
+    def compile(self, prefill: int | None = None, steps: Sequence[int] = ()) -> Compiled:
+        """Compile ahead what `prefill` of this many tokens and steps of these many tokens will run.
+
+        Without it each program is compiled when it is first needed.
+        """
+        start = time.perf_counter()
+        before = len(self._programs)
+        wanted = [("decode", n) for n in steps]
+        if prefill is not None:
+            wanted.append(("prefill", max(stop - start for start, stop in self.schedule.steps(prefill))))
+        reports = []
+        for phase, tokens in wanted:
+            x = jax.ShapeDtypeStruct((self.batch, tokens, self.config.d_model), self.layers.dtype)
+            pos = jax.ShapeDtypeStruct((self.batch, tokens), jnp.int32)
+            last_rows.lower(x, pos).compile()
+            for i, kind in enumerate(self._kinds[phase]):
+                cache = jax.eval_shape(lambda i=i, phase=phase: self._empty(phase, i))
+                if (kind, tokens) not in self._programs:
+                    args, static = self.block_call(phase, i, x, pos, cache)
+                    self._programs[kind, tokens] = block_program.lower(*args, **static).compile()
+                    reports.append(self._programs[kind, tokens].memory_analysis())
+                key = (kind, self._kinds["decode"][i])
+                if phase == "prefill" and self.recipe.compresses and key not in self._programs:
+                    args, static = self.repack_call(i, cache, jax.eval_shape(lambda i=i: self._empty("decode", i)))
+                    self._programs[key] = repack_program.lower(*args, **static).compile()
+                    reports.append(self._programs[key].memory_analysis())
+        self.layers.logits(jnp.zeros((self.batch, self.config.d_model), self.layers.dtype)).block_until_ready()
+        temp = max((r.temp_size_in_bytes for r in reports), default=0)
+        widest = max((n for _, n in wanted), default=1)
+        stream = 2 * self.batch * widest * self.config.d_model * jnp.dtype(self.layers.dtype).itemsize
+        return Compiled(time.perf_counter() - start, len(self._programs) - before, temp, temp + stream)
 
     def _empty(self, phase: str, layer: int):
         return self.recipe.init_layer(
@@ -89,11 +157,14 @@ class Session:
                 self.cache[i] = self._empty(phase, i)
             args, static = self.block_call(phase, i, x, pos, self.cache[i])
             self.cache[i] = None
-            x, self.cache[i] = block_program(*args, **static)
+            kind = self._kinds[phase][i]
+            program = self._programs.get((kind, x.shape[1]))
+            x, self.cache[i] = block_program(*args, **static) if program is None else program(*args)
             if last and self.recipe.compresses:
                 self._note_peak()
                 args, static = self.repack_call(i, self.cache[i], self._empty("decode", i))
-                self.cache[i] = repack_program(*args, **static)
+                program = self._programs.get((kind, self._kinds["decode"][i]))
+                self.cache[i] = repack_program(*args, **static) if program is None else program(*args)
         self._note_peak()
         return x
 
@@ -111,33 +182,39 @@ class Session:
         Args:
           tokens: int [B,T] (or [T] for one text), padded on the right.
           lengths: real tokens of each row; None: all T.
-          rows: "last" for the logits after each text's last token, "all" for the residual stream of every token (one-shot only).
+          rows: "last" for the logits after each text's last token, "all" for the residual stream of every token.
 
         Returns:
-          float32 [B,V], or x [B,T,E] of the last step.
+          float32 [B,V], or x [B,T,E].
         """
         tokens = np.atleast_2d(np.asarray(tokens, np.int32))
         B, T = tokens.shape
         if B != self.batch or T > self.prompt:
-            raise UserError(f"tokens have shape {tokens.shape}; the session is for batch {self.batch}, prompt {self.prompt}")
+            raise UserError(
+                f"tokens have shape {tokens.shape}; the session is for batch {self.batch}, prompt {self.prompt}"
+            )
         lengths = np.full(B, T) if lengths is None else np.asarray(lengths)
         pos = np.where(np.arange(T) < lengths[:, None], np.arange(T), EMPTY).astype(np.int32)
         steps = self.schedule.steps(T)
         width = max(stop - start for start, stop in steps)
-        wanted = [None] * B
-        x = None
+        wanted: list[Any] = [None] * B
+        streams = []
         for start, stop in steps:
             pad = ((0, 0), (0, width - (stop - start)))
             step_pos = jnp.asarray(np.pad(pos[:, start:stop], pad, constant_values=EMPTY))
             step_tokens = jnp.asarray(np.pad(tokens[:, start:stop], pad))
             x = embed_program(self.layers.embed, step_tokens, scale=self.config.embed_scale)
             x = self._blocks("prefill", x, step_pos, last=stop == T)
-            if rows == "last":
+            if rows == "all":
+                streams.append(x[:, : stop - start])
+            else:
                 ends = last_rows(x, step_pos)
                 for b in np.flatnonzero((lengths - 1 >= start) & (lengths - 1 < stop)):
                     wanted[b] = ends[b]
         self.next_pos = lengths.astype(np.int32)
-        return x if rows == "all" else self.layers.logits(jnp.stack(wanted))
+        if rows == "all":
+            return streams[0] if len(streams) == 1 else jnp.concatenate(streams, 1)
+        return self.layers.logits(jnp.stack(wanted))
 
     def step(self, tokens, *, rows: str = "last"):
         """Feed tokens at their true positions.

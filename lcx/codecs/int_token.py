@@ -20,6 +20,9 @@ class Int(Codec):
     8 bits: symmetric, scale = amax / 127 per token and KV head.  4 and 2 bits: asymmetric, x = code * scale + minimum per group of
     `group_size` channels.  Scales and minima are float16: 8 + 16/D, or bits + 32/group_size bits a value.  No residual is needed.
 
+    Int(4, group_size=64) is the format of FlexGen, Sheng et al. 2023, arXiv:2303.06865, section 5, whose models have no RoPE.  Differs:
+    the scale is stored, not its inverse, halves of a head share bytes, not neighbours, and a constant group is exact, not nan.
+
     Args:
       bits: 8, 4 or 2.
       group_size: channels that share a scale, for 4 and 2 bits; None: all of the head (4.25 bits at D = 128).
@@ -31,13 +34,18 @@ class Int(Codec):
     def __post_init__(self):
         if self.bits not in (2, 4, 8):
             raise UserError(f"Int: bits={self.bits!r}: allowed are 2, 4, 8")
-        if self.group_size is not None and (self.bits == 8 or self.group_size < 1):
-            raise UserError(f"Int: group_size={self.group_size} must be at least 1, and only 2 and 4 bits have groups")
+        size = self.group_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1 or self.bits == 8):
+            raise UserError(
+                f"Int: group_size={size!r} must be an integer of at least 1, and only 2 and 4 bits have groups"
+            )
 
     def check(self, head_dim):
         group = self.group_size or head_dim
         if head_dim % group or head_dim % (8 // self.bits):
-            raise UserError(f"Int: head_dim={head_dim} is not a multiple of group_size={group} and of {8 // self.bits} codes a byte")
+            raise UserError(
+                f"Int: head_dim={head_dim} is not a multiple of group_size={group} and of {8 // self.bits} codes a byte"
+            )
 
     def leaves(self, head_dim, dtype):
         codes = (head_dim * self.bits // 8,)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from einops import rearrange
 
+from lcx.attention import KV_TILE
 from lcx.cache import Leaf
 from lcx.codecs.packing import dequantise, pack, quantise, ranges, unpack
 from lcx.errors import UserError
@@ -23,7 +24,7 @@ class Kivi(Codec):
 
     Args:
       bits: 2 or 4.
-      group_size: tokens of a key group and channels of a value group; the authors' default is 32.
+      group_size: tokens of a key group and channels of a value group, a divisor of 512; the authors' default is 32.
     """
 
     bits: int = 2
@@ -34,6 +35,10 @@ class Kivi(Codec):
             raise UserError(f"Kivi: bits={self.bits!r}: allowed are 2, 4")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
             raise UserError(f"Kivi: group_size={self.group_size!r} must be an integer of at least 1")
+        if KV_TILE % self.group_size:
+            raise UserError(
+                f"Kivi: group_size={self.group_size} does not divide {KV_TILE}, the keys that attention reads at a time"
+            )
 
     @property
     def page(self) -> int:
@@ -41,7 +46,9 @@ class Kivi(Codec):
 
     def check(self, head_dim):
         if head_dim % self.group_size or head_dim % (8 // self.bits):
-            raise UserError(f"Kivi: head_dim={head_dim} is not a multiple of group_size={self.group_size}")
+            raise UserError(
+                f"Kivi: head_dim={head_dim} is not a multiple of group_size={self.group_size} and of {8 // self.bits} codes a byte"
+            )
 
     def leaves(self, head_dim, dtype):
         codes, groups = (head_dim * self.bits // 8,), (head_dim // self.group_size,)
@@ -98,7 +105,9 @@ def chain(
       residual: the paper's R, 128; a multiple of group_size.
       heads, compress: as in `Segment`.
     """
+    codec = Kivi(bits, group_size)
     if residual < 1 or residual % group_size:
-        raise UserError(f"residual={residual} is not a multiple of group_size={group_size}; use {-(-residual // group_size) * group_size}")
+        near = max(1, -(-residual // group_size)) * group_size
+        raise UserError(f"residual={residual} is not a positive multiple of group_size={group_size}; use {near}")
     tail = Segment("tail", heads=heads, policy=Flush(page=residual, keep=residual), compress=compress)
-    return tail, Segment("pages", heads=heads, codec=Kivi(bits, group_size))
+    return tail, Segment("pages", heads=heads, codec=codec)

@@ -25,7 +25,8 @@ def unpack(packed, bits: int, axis: int):
 def ranges(low, high, bits: int):
     """Scale and minimum of an asymmetric quantiser as they are stored, float16, from the extremes of each group.
 
-    The minimum is clipped to float16's range; the scale is taken from the stored minimum, so that rounding it costs nothing.
+    The minimum is clipped to float16's range; the scale is taken from the stored minimum, so that the error of rounding the minimum
+    stays at that and is not added to every code.
     """
     top = float(jnp.finfo(jnp.float16).max)
     minimum = jnp.clip(low, -top, top).astype(jnp.float16)

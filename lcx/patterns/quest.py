@@ -17,8 +17,9 @@ class Quest(Pattern):
     """At decode each query reads the pages with the highest upper bound of q.k, from the pages' element-wise extremes of the keys.
 
     Quest, Tang et al. 2024, arXiv:2406.10774, section 3.3 and the authors' code: pages of 16, the first two layers dense, at least 3
-    pages, the last page always.  Prefill is dense, and all tokens stay in memory beside the extremes (1/16 more).  Pages are chosen per
-    query head as in the authors' evaluation; own tokens of the step are read by all.  Exact when the budget covers the context.
+    pages, the last page always (of those held; the authors count the step's own token into it).  Prefill is dense, and all tokens stay
+    in memory beside the extremes (1/16 more).  Pages are chosen per query head as in the authors' evaluation; own tokens of the step
+    are read by all.  Exact when the budget covers the context.
 
     Args:
       budget: tokens read per query head, rounded down to pages.
@@ -64,12 +65,21 @@ class Quest(Pattern):
             score = jnp.broadcast_to(score.max(2, keepdims=True), score.shape)
         pages = score.shape[-1]
         number = jnp.arange(pages)
+        if ctx.window is not None:
+            score = jnp.where(self._near(ctx, held.pos, pages), score, -jnp.inf)
         used = -(-used_length(held.pos, axis=-1) // self.page)[:, :, None, None, None]  # [B,R|1,1,1,1]
         score = jnp.where(number == used - 1, jnp.inf, jnp.where(number < used, score, -jnp.inf))
         wanted = min(max(self.budget // self.page, self.least_pages), pages)
         _, index = lax.top_k(score, wanted)
         count = jnp.broadcast_to(jnp.minimum(used[..., 0], wanted), index.shape[:-1])
         return index, count, self.page
+
+    def _near(self, ctx, held_pos, pages):
+        """bool [B,R|1,1,T,pages]: whether a page has tokens in the model's own window; others would take its place for nothing."""
+        pad = pages * self.page - held_pos.shape[-1]
+        pos = jnp.pad(held_pos, ((0, 0), (0, 0), (0, pad)), constant_values=EMPTY)
+        newest = pos.reshape(*pos.shape[:2], pages, self.page).max(-1)
+        return ctx.pos[:, None, None, :, None] - newest[:, :, None, None] < ctx.window
 
     def with_budget(self, budget):
         return replace(self, budget=budget)
@@ -90,7 +100,9 @@ class Summaries(Pattern):
         pages = after.state["page_min"].shape[-1]
         B, R = after.payload["k"].shape[:2]
         # tokens are appended, so only pages from the first free slot on have changed
-        touched = used_length(before.pos, axis=-1)[..., None] // self.page + jnp.arange(min(num_new // self.page + 2, pages))
+        touched = used_length(before.pos, axis=-1)[..., None] // self.page + jnp.arange(
+            min(num_new // self.page + 2, pages)
+        )
         touched = jnp.broadcast_to(touched, (B, R, touched.shape[-1]))
         slots = touched[..., None] * self.page + jnp.arange(self.page)
         inside = slots < S

@@ -24,8 +24,8 @@ class AShape(Pattern):
     window: int = 4_096
 
     def __post_init__(self):
-        if self.sink < 0 or self.window < 1:
-            raise UserError(f"AShape: sink={self.sink} must be at least 0 and window={self.window} at least 1")
+        _check("sink", self.sink, 0)
+        _check("window", self.window, 1)
 
     def allow(self, ctx, q_pos, kv_pos):
         return (kv_pos < self.sink) | (q_pos - kv_pos < self.window)
@@ -35,4 +35,10 @@ class AShape(Pattern):
         return some, (bounds.kv_hi < self.sink) | (bounds.q_hi - bounds.kv_lo < self.window)
 
     def with_budget(self, budget):
+        _check("budget", budget, self.sink + 1)
         return replace(self, window=budget - self.sink)
+
+
+def _check(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"AShape: {name}={value!r} must be an integer of at least {least} tokens")

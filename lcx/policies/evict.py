@@ -14,16 +14,22 @@ from lcx.errors import UserError
 from lcx.recipe import Policy
 
 
+def check_tokens(method: str, name: str, value: int, least: int) -> None:
+    """Raise UserError unless the argument `name` is an int of at least `least` tokens."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{method}: {name}={value!r} must be an integer of at least {least} tokens")
+
+
 def check_budget(method: str, budget: int, least: int = 1) -> None:
     """Raise UserError unless `budget` is an int of at least `least` tokens."""
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < least:
-        raise UserError(f"{method}: budget={budget!r} must be an integer of at least {least} tokens")
+    check_tokens(method, "budget", budget, least)
 
 
 class Evict(Policy):
     """Keeps the `budget` tokens with the highest score per KV head, deciding after every step.
 
     A method overrides `score`; `update` as well if it keeps per-slot state.  Ties keep the lower slot within a step of many tokens.
+    Only the first `budget` slots are used, however many the segment has.
     """
 
     budget: int
@@ -43,9 +49,14 @@ class Evict(Policy):
         held, new = self.update(ctx, held, new)
         held_score, new_score = self.score(ctx, held, new)
         low = jnp.iinfo(jnp.int32).min if jnp.issubdtype(held_score.dtype, jnp.integer) else -jnp.inf
-        held_score = jnp.where(held.pos == EMPTY, low, held_score)
-        new_score = jnp.where(jnp.broadcast_to(new.pos, new_score.shape) == EMPTY, low, new_score)
-        return held.slots, Edit(_destinations(held_score, new_score, low), new), None
+        # one score may serve all rows whose positions differ, or the other way round
+        held_score = jnp.where(held.pos == EMPTY, low, held_score)[..., : self.budget]
+        new_score = jnp.where(new.pos == EMPTY, low, new_score)
+        rows = max(held_score.shape[1], new_score.shape[1])
+        held_score, new_score = (jnp.broadcast_to(s, (s.shape[0], rows, s.shape[2])) for s in (held_score, new_score))
+        slot = _destinations(held_score, new_score, low)
+        dropped = held.pos.shape[-1]
+        return held.slots, Edit(jnp.where(slot < self.budget, slot, dropped), new), None
 
     def with_budget(self, budget):
         return replace(self, budget=budget)

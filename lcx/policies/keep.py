@@ -46,8 +46,10 @@ class Flush(Policy):
     shared = True
 
     def __post_init__(self):
-        if self.page < 1 or self.keep < 0:
-            raise UserError(f"Flush(page={self.page}, keep={self.keep}): page must be at least 1 and keep at least 0")
+        for name, least in (("page", 1), ("keep", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"Flush: {name}={value!r} must be an integer of at least {least} tokens")
 
     def capacity(self, tokens, page):
         return min(self.keep + self.page, tokens)

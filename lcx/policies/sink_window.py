@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 
 from lcx.attention import FAR
-from lcx.errors import UserError
-from lcx.policies.evict import Evict, check_budget
+from lcx.policies.evict import Evict, check_budget, check_tokens
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,8 @@ class SinkWindow(Evict):
     shared = True
 
     def __post_init__(self):
-        if isinstance(self.sink, bool) or not isinstance(self.sink, int) or self.sink < 0:
-            raise UserError(f"sink={self.sink!r} must be an integer of at least 0 tokens")
-        check_budget("SinkWindow (sink + window)", self.budget, self.sink + 1)
+        check_tokens("SinkWindow", "sink", self.sink, 0)
+        check_tokens("SinkWindow", "window", self.window, 1)
 
     @property
     def budget(self) -> int:

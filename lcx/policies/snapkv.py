@@ -9,7 +9,7 @@ from jax import lax
 
 from lcx.attention import BIG, EMPTY, attend, mass
 from lcx.errors import UserError
-from lcx.policies.evict import check_budget
+from lcx.policies.evict import check_budget, check_tokens
 from lcx.recipe import Compress
 
 
@@ -34,11 +34,11 @@ class SnapKV(Compress):
     pooling: str = "avg"
 
     def __post_init__(self):
-        check_budget("SnapKV", self.budget, self.window + 1)
-        if self.window < 1:
-            raise UserError(f"SnapKV: window={self.window} must be at least 1 token")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise UserError(f"SnapKV: kernel={self.kernel} must be odd and at least 1")
+        check_tokens("SnapKV", "window", self.window, 1)
+        check_budget("SnapKV (window included)", self.budget, self.window + 1)
+        check_tokens("SnapKV", "kernel", self.kernel, 1)
+        if self.kernel % 2 == 0:
+            raise UserError(f"SnapKV: kernel={self.kernel} must be odd")
         if self.pooling not in ("avg", "max"):
             raise UserError(f"SnapKV: pooling={self.pooling!r}: allowed are avg, max")
 

@@ -1,0 +1,8 @@
+"""Dense attention over every token, exact: the reference of every other config."""
+
+from lcx.experiment import Experiment
+from lcx.recipe import Recipe
+
+
+def get_config():
+    return Experiment(recipe=Recipe())

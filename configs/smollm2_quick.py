@@ -1,0 +1,9 @@
+"""The first table: nine recipes on SmolLM2-135M within minutes on a laptop, evicting and Quest rows at a quarter of the prompt."""
+
+from lcx.experiment import Sweep
+
+NAMES = ("dense", "window", "sink_window", "snapkv", "h2o", "quest", "int4", "kivi2", "duo_int4")
+
+
+def get_config():
+    return Sweep(configs=tuple(f"configs/{name}.py" for name in NAMES), lengths=(512, 1_024, 2_048), keep_ratio=0.25)

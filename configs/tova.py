@@ -1,0 +1,9 @@
+"""TOVA, Oren et al. 2024, arXiv:2401.06104: what the last query attends to stays, one set per layer."""
+
+from lcx.experiment import Experiment
+from lcx.policies.tova import TOVA
+from lcx.recipe import Recipe, Segment
+
+
+def get_config():
+    return Experiment(recipe=Recipe((Segment(policy=TOVA(budget=1_024)),)))

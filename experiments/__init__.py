@@ -1,0 +1,1 @@
+"""Commands: flags only; what they do can be imported from lcx."""

@@ -1,0 +1,132 @@
+"""What the commands share: flags, changes to configs, and one line with exit code 2 for wrong input."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from absl import app, flags
+
+from lcx.errors import UserError
+
+_changes: dict[str, str] = {}
+
+
+def define_flags(config: str | None = None) -> None:
+    """The flags of every command that runs a model.  `config` is the default of --config."""
+    flags.DEFINE_string(
+        "config", config, "Config file, such as configs/snapkv.py; --config.FIELD=VALUE changes a field."
+    )
+    flags.DEFINE_string(
+        "model", None, "A name of lcx.pretrained, a GGUF file, a folder or a hub id; the default is the config's."
+    )
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of weights, activations and exact caches.")
+    flags.DEFINE_integer(
+        "budget", None, "Tokens kept per KV head, sinks and observation window included.", lower_bound=1
+    )
+    flags.DEFINE_float("keep_ratio", None, "The budget as a fraction of the prompt, above 0 and at most 1.")
+    flags.DEFINE_integer(
+        "chunk_size", None, "Tokens a prefill step takes; the default is the config's schedule.", lower_bound=1
+    )
+    flags.DEFINE_bool("allow_extrapolation", False, "Run beyond the context that the model was trained for.")
+    flags.DEFINE_bool("accept_licence", False, "You agree to the licence of a model that asks for it (Gemma).")
+
+
+def run(name: str, main: Callable[[], None]) -> None:
+    """Parse the flags and run a command; wrong input ends in one line on stderr and exit code 2."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            refuse(name, f"argument {argv[1]!r}; allowed are flags alone, such as --config=configs/dense.py")
+        try:
+            main()
+        except UserError as error:
+            refuse(name, str(error))
+        except BrokenPipeError:
+            # the reader of a pipe has gone; what was finished is on disk
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+    app.run(guarded, flags_parser=lambda argv: _parse(name, argv))
+
+
+def refuse(name: str, problem: str) -> None:
+    print(f"{name}: {' '.join(problem.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(name: str, argv: Sequence[str]) -> list[str]:
+    rest = []
+    for arg in argv:
+        dashes = arg.lstrip("-") if arg.startswith("-") else ""
+        if dashes.startswith("config."):
+            key, equals, value = dashes.removeprefix("config.").partition("=")
+            if not equals:
+                refuse(name, f"--config.{key} needs a value: --config.{key}=VALUE")
+            _changes[key] = value
+        else:
+            rest.append(arg)
+    # absl prints its whole help for a wrong flag and exits with 1
+    try:
+        return flags.FLAGS(rest)
+    except flags.Error as error:
+        refuse(name, str(error))
+        raise
+
+
+def config():
+    """The config of --config with its changes and with --chunk_size and --model."""
+    from lcx.config_files import load_config
+    from lcx.schedules.chunked import Chunked
+
+    found = load_config(flags.FLAGS.config, _changes)
+    if flags.FLAGS.model is not None:
+        found = replace(found, model=flags.FLAGS.model)
+    if flags.FLAGS.chunk_size is not None:
+        found = replace(found, schedule=Chunked(flags.FLAGS.chunk_size))
+    return found
+
+
+def experiment():
+    """The config, which must be that of one method."""
+    from lcx.experiment import Experiment
+
+    found = config()
+    if not isinstance(found, Experiment):
+        raise UserError(f"config={flags.FLAGS.config!r} is a sweep; allowed here is the config of one method")
+    return found
+
+
+def with_budget(found, prompt: int):
+    """The experiment with --budget or --keep_ratio of the prompt."""
+    return found.with_budget(prompt, flags.FLAGS.budget, flags.FLAGS.keep_ratio)
+
+
+def check_model_free(found) -> None:
+    """Refuse before the model is loaded what can be refused without it: a budget where none fits."""
+    if flags.FLAGS.budget is not None or flags.FLAGS.keep_ratio is not None:
+        with_budget(found, 1 << 20)
+
+
+def load(found):
+    """The model of a config."""
+    import lcx.loading
+
+    return lcx.loading.load(found.model, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"text_file={path!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"text_file={path!r} is not UTF-8 at byte {error.start:,}") from None

@@ -1,0 +1,73 @@
+"""`python -m experiments.generate --config=configs/X.py --prompt=TEXT`: greedy text under a method, with times and cache bytes."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from absl import flags
+
+from experiments import cli
+from lcx.errors import UserError
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    cli.define_flags("configs/dense.py")
+    flags.DEFINE_string("prompt", None, "What the model continues.")
+    flags.DEFINE_string("prompt_file", None, "A UTF-8 text as the prompt.")
+    flags.DEFINE_integer("prompt_tokens", None, "Only so many tokens of the prompt.", lower_bound=1)
+    flags.DEFINE_integer("num_tokens", 64, "New tokens at most.", lower_bound=1)
+    flags.DEFINE_bool("chat", False, "Put the prompt into the model's chat format.")
+
+
+def main() -> None:
+    if (FLAGS.prompt is None) == (FLAGS.prompt_file is None):
+        raise UserError(f"prompt={FLAGS.prompt!r} and prompt_file={FLAGS.prompt_file!r}: give one of them")
+    found = cli.experiment()
+    cli.check_model_free(found)
+    text = FLAGS.prompt if FLAGS.prompt is not None else cli.read_text(FLAGS.prompt_file)
+    model = cli.load(found)
+
+    from lcx.loading import starts_with_bos
+    from lcx.measure.memory import peak_rss_bytes
+    from lcx.measure.quality import make_session
+    from lcx.session import generate
+
+    tokenizer = model.tokenizer
+    if FLAGS.chat:
+        ids = tokenizer.chat([{"role": "user", "content": text}])
+    else:
+        ids = starts_with_bos(tokenizer, tokenizer.encode(text))
+    if FLAGS.prompt_tokens is not None:
+        if len(ids) < FLAGS.prompt_tokens:
+            raise UserError(f"prompt_tokens={FLAGS.prompt_tokens}: the prompt has {len(ids)} tokens")
+        ids = ids[: FLAGS.prompt_tokens]
+    if not ids:
+        raise UserError(f"prompt={text!r} has no token")
+    model.check_length(len(ids) + FLAGS.num_tokens - 1, FLAGS.allow_extrapolation)
+    session = make_session(model.layers, cli.with_budget(found, len(ids)), len(ids), FLAGS.num_tokens - 1)
+    compiled = session.compile(len(ids), [1] if FLAGS.num_tokens > 1 else [])
+    stop = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    stream = tokenizer.stream(skip_special=True)
+    start = time.perf_counter()
+    first = count = 0
+    for token in generate(session, ids, FLAGS.num_tokens, stop=stop):
+        count += 1
+        first = first or time.perf_counter() - start
+        print(stream.feed(token), end="", flush=True)
+    print(stream.finish())
+    rest = time.perf_counter() - start - first
+    speed = f"{(count - 1) / rest:.1f} tokens/s" if count > 1 else "one token"
+    peak = peak_rss_bytes()
+    print(
+        f"TTFT {first * 1e3:.0f} ms for {len(ids)} tokens | decode {speed} | cache {session.cache_bytes:,} bytes"
+        f" | compiled in {compiled.seconds:.1f} s" + (f" | peak RSS {peak / 2**30:.2f} GiB" if peak else ""),
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run("generate", main)

@@ -1,0 +1,77 @@
+"""`python -m experiments.score --config=configs/X.py --text_file=F --out=F.npz`: negative log likelihood of a text under a method.
+
+Without --prompt_tokens: at every position of one pass.  With --prompt_tokens=N --continuation_tokens=M: the prompt is read under the
+recipe, then M tokens follow in one step; nll[i] = -log p(token N + i + 1).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli
+from lcx.errors import UserError
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    cli.define_flags()
+    flags.DEFINE_string("text_file", None, "UTF-8 text; nothing is added in front of it.")
+    flags.DEFINE_integer(
+        "num_tokens", None, "Tokens that are read in one pass; the default is the whole text.", lower_bound=2
+    )
+    flags.DEFINE_integer("prompt_tokens", None, "N, tokens of the prompt.", lower_bound=1)
+    flags.DEFINE_integer("continuation_tokens", None, "M, tokens scored after the prompt.", lower_bound=1)
+    flags.DEFINE_string("out", None, "Where nll (float32) and ids (int32) go, .npz.")
+
+
+def main() -> None:
+    for name in ("config", "text_file", "out"):
+        if not getattr(FLAGS, name):
+            raise UserError(f"{name}: missing; give --{name}=...")
+    prompt, count = FLAGS.prompt_tokens, FLAGS.continuation_tokens
+    if (prompt is None) != (count is None):
+        raise UserError(f"prompt_tokens={prompt} and continuation_tokens={count}: give both or none")
+    if prompt is not None and FLAGS.num_tokens is not None:
+        raise UserError(f"num_tokens={FLAGS.num_tokens} and prompt_tokens={prompt}: give one of them")
+    out = Path(FLAGS.out)
+    if out.suffix != ".npz" or not out.parent.is_dir():
+        raise UserError(f"out={FLAGS.out!r}: allowed is a .npz file in a folder that exists")
+    found = cli.experiment()
+    cli.check_model_free(found)
+    text = cli.read_text(FLAGS.text_file)
+    model = cli.load(found)
+
+    import numpy as np
+
+    from lcx.measure.quality import score_continuation, score_text
+
+    ids = model.tokenizer.encode(text)
+    wanted = (FLAGS.num_tokens or len(ids)) if prompt is None else prompt + count + 1
+    if len(ids) < wanted:
+        raise UserError(f"text_file={FLAGS.text_file!r} has {len(ids)} tokens, {wanted} are needed")
+    model.check_length(wanted - 1, FLAGS.allow_extrapolation)
+    found = cli.with_budget(found, prompt or wanted - 1)
+    if prompt is None:
+        score = score_text(model.layers, found, ids[:wanted])
+    else:
+        score = score_continuation(model.layers, found, ids[:wanted], prompt)
+    with out.open("wb") as file:
+        np.savez_compressed(file, nll=score.nll, ids=score.ids)
+    line = {
+        "mean_nll": round(score.mean, 6),
+        "ppl": round(score.perplexity, 4),
+        "tokens": len(score.nll),
+        "cache_bytes": score.cache_bytes,
+        "seconds": round(score.seconds, 3),
+        "out": str(out),
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run("score", main)

@@ -1,0 +1,44 @@
+"""A JAX laboratory for long-context attention.
+
+    import lcx
+    model = lcx.load("smollm2-135m")
+    session = lcx.Session(model.layers, lcx.Recipe(), prompt=1_024)
+
+Names are imported where they are first used, so that `lcx.pretrained` alone stays free of JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "lcx.loading",
+    "Pretrained": "lcx.loading",
+    "load_config": "lcx.config_files",
+    "Experiment": "lcx.experiment",
+    "Sweep": "lcx.experiment",
+    "Recipe": "lcx.recipe",
+    "Segment": "lcx.recipe",
+    "Session": "lcx.session",
+    "generate": "lcx.session",
+    "score_text": "lcx.measure.quality",
+    "score_continuation": "lcx.measure.quality",
+    "UserError": "lcx.errors",
+}
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604, strings of a dict
+
+if TYPE_CHECKING:
+    from lcx.config_files import load_config
+    from lcx.errors import UserError
+    from lcx.experiment import Experiment, Sweep
+    from lcx.loading import Pretrained, load
+    from lcx.measure.quality import score_continuation, score_text
+    from lcx.recipe import Recipe, Segment
+    from lcx.session import Session, generate
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'lcx' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,47 @@
+"""A pretrained model ready to run: its layers on the device, and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from lcx.config import ModelConfig
+from lcx.errors import UserError
+from lcx.model import Layers, Model
+from lcx.pretrained import Tokenizer, load_arrays
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A loaded model.  `name` is what was asked for, `sha256` that of its file or folder, `licence` as the source states it."""
+
+    layers: Layers
+    tokenizer: Tokenizer
+    name: str
+    sha256: str
+    licence: str
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.layers.config
+
+    def check_length(self, tokens: int, allow_extrapolation: bool = False) -> None:
+        """Raise UserError when a text of `tokens` tokens is longer than the model was trained for."""
+        if tokens > self.config.context and not allow_extrapolation:
+            raise UserError(
+                f"length={tokens} tokens is beyond the context of {self.name}, {self.config.context}; "
+                "shorten it, or pass --allow_extrapolation"
+            )
+
+
+def load(name: str, dtype: str = "float32", accept_licence: bool = False) -> Pretrained:
+    """Load a model by name, path or hub id; arguments and errors are those of `lcx.pretrained.load_arrays`."""
+    found = load_arrays(name, dtype, accept_licence)
+    layers = Layers.of(Model(found.config, {n: jnp.asarray(a) for n, a in found.arrays.items()}))
+    return Pretrained(layers, found.tokenizer, found.name, found.sha256, found.licence)
+
+
+def starts_with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids with bos in front where the model was trained so."""
+    return [tokenizer.bos_id, *ids] if tokenizer.add_bos and tokenizer.bos_id is not None else ids

@@ -1,0 +1,141 @@
+"""How much attention every KV head pays to what a streaming head forgets, and the head split that follows from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lcx import texts
+from lcx.attention import attend, merge, tokens_source
+from lcx.errors import UserError
+from lcx.model import Layers, Model
+from lcx.policies.keep import KeepAll
+from lcx.policies.sink_window import SinkWindow
+from lcx.pretrained import Checkpoint
+from lcx.recipe import Recipe, Segment
+from lcx.schedules.chunked import Chunked
+from lcx.session import Session
+
+METHOD = (
+    "share of the attention that falls outside the first `sink` and the last `window` tokens, mean over the queries "
+    "from position sink + window on and over the query heads of the GQA group; stands in for trained gates"
+)
+
+
+@dataclass(frozen=True)
+class FarMass(KeepAll):
+    """Keeps every token, and notes beside it which share of its attention fell outside sink + window.
+
+    Args:
+      sink: first tokens, >= 0.
+      window: most recent tokens, the query's own included, >= 1.
+    """
+
+    sink: int
+    window: int
+
+    state = {"far": jnp.float32}
+
+    def edit(self, ctx, held, new):
+        slots, edit, handed = super().edit(ctx, held, new)
+
+        def far(q_pos, kv_pos):
+            mask = (kv_pos >= self.sink) & (q_pos - kv_pos >= self.window)
+            return mask if ctx.allow is None else mask & ctx.allow(q_pos, kv_pos)
+
+        sources = (held.source, tokens_source(ctx.k, ctx.v, ctx.pos))
+        parts = [attend(ctx.q, s, ctx.pos, scale=ctx.scale, allow=far, softcap=ctx.softcap) for s in sources]
+        # a sum of exponentials over another is a share; padding saw nothing, and -inf minus -inf is nan
+        share = jnp.exp(merge(parts).lse - jnp.where(jnp.isneginf(ctx.lse), 0.0, ctx.lse))
+        return slots, replace(edit, tokens=replace(new, state={"far": share.mean(2)})), handed
+
+
+def far_mass(model: Model | Layers, tokens, sink: int, window: int, chunk: int = 512) -> np.ndarray:
+    """Share of the attention that falls outside sink + window, for every KV head.
+
+    Mean over the query heads of the group and over the queries from position `sink + window` on; those before have
+    nothing outside.
+
+    Args:
+      model: attends densely.
+      tokens: int [T], T above sink + window.
+      sink, window: as in `SinkWindow`.
+      chunk: tokens a step; memory, not the result, depends on it.
+
+    Returns:
+      float32 [L,K], 0 to 1.
+
+    Raises:
+      UserError: a size out of range, or a text that is too short.
+    """
+    first = SinkWindow(sink, window).budget
+    if len(tokens) <= first:
+        raise UserError(f"tokens={len(tokens)} must be above sink + window = {first}: nothing lies outside")
+    recipe = Recipe((Segment(policy=FarMass(sink, window)),))
+    session = Session(model, recipe, len(tokens), schedule=Chunked(min(chunk, len(tokens))))
+    session.prefill(tokens)
+    found = []
+    for layer in session.cache:
+        assert layer is not None  # noqa: S101, prefill fills every layer
+        late = np.asarray(layer["all"].pos)[0, 0] >= first
+        found.append(np.asarray(layer["all"].state["far"])[0][:, late].mean(-1))
+    return np.stack(found)
+
+
+def calibrate(checkpoint: Checkpoint, text: str, tokens: int, sink: int, window: int) -> dict[str, Any]:
+    """The head split of a model on a shipped text: what `lcx.policies.duo.HeadSplit` reads, and where it comes from.
+
+    Args:
+      checkpoint: the model.
+      text: a name of `lcx.texts`.
+      tokens: tokens of it that are read, from its beginning, a bos token included where the model has one.
+      sink, window: as in `SinkWindow`.
+
+    Raises:
+      UserError: no such text, a number out of range, or fewer tokens in the text.
+    """
+    tokenizer, config = checkpoint.tokenizer, checkpoint.config
+    ids = tokenizer.encode(texts.read(text))
+    if tokenizer.add_bos:
+        ids = [tokenizer.bos_id, *ids]
+    if not 1 <= tokens <= min(len(ids), config.context):
+        limit = f"text {text!r} has {len(ids):,}, model {checkpoint.name!r} a context of {config.context:,}"
+        raise UserError(f"tokens={tokens} must be at least 1, and {limit}")
+    model = Model(config, {name: jnp.asarray(array) for name, array in checkpoint.arrays.items()})
+    scores = far_mass(model, ids[:tokens], sink, window)
+    flags = {"model": checkpoint.name, "text": text, "tokens": tokens, "sink": sink, "window": window}
+    return {
+        "model": checkpoint.name,
+        "config_name": config.name,
+        "sizes": {n: getattr(config, n) for n in ("num_layers", "num_heads", "num_kv_heads", "head_dim")},
+        "model_sha256": checkpoint.sha256,
+        "method": METHOD,
+        "paper": "https://arxiv.org/abs/2410.10819",
+        "text": text,
+        "text_sha256": texts.TEXTS[text].sha256,
+        "tokens": tokens,
+        "sink": sink,
+        "window": window,
+        "command": " ".join(["python -m experiments.calibrate", *(f"--{n}={v}" for n, v in flags.items())]),
+        "scores": [[round(float(x), 6) for x in row] for row in scores],
+    }
+
+
+def write(record: dict[str, Any], path: str | Path) -> None:
+    """The record as JSON, one layer of scores a line.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in record["scores"])
+    lines = [f"  {json.dumps(n)}: {json.dumps(v)}" for n, v in record.items() if n != "scores"]
+    lines.append(f'  "scores": [\n{rows}\n  ]')
+    try:
+        Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out={str(path)!r} cannot be written: {error.strerror}") from None

@@ -1,0 +1,52 @@
+"""Memory of this process and of a recipe's cache."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from lcx.config import ModelConfig, param_shapes
+from lcx.recipe import Aux, Recipe, num_rows
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak_rss() -> bool:
+    """Make the peak of resident memory count from now on.  False where the system does not allow it: then it is the process's."""
+    with contextlib.suppress(OSError):
+        _CLEAR.write_text("5")
+        return True
+    return False
+
+
+def peak_rss_bytes() -> int | None:
+    """Peak of resident memory (VmHWM) since the last reset; None where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def weight_bytes(model: ModelConfig, dtype) -> int:
+    """Bytes of a model's weights in one type."""
+    total = 0
+    for shape in param_shapes(model).values():
+        size = dtype.itemsize
+        for n in shape:
+            size *= n
+        total += size
+    return total
+
+
+def bits_per_value(
+    recipe: Recipe, model: ModelConfig, prompt: int, new_tokens: int, *, aux: Aux | None = None, dtype
+) -> float:
+    """Bits of the decode cache for each key and value channel that its slots can hold; scales, positions and state all counted."""
+    sizes = recipe.capacities("decode", prompt, new_tokens)
+    values = 0
+    for layer in range(model.num_layers):
+        for chain in recipe.at("decode", layer).chains:
+            rows = num_rows(model, chain[0].heads, aux, layer)
+            values += sum(2 * model.head_dim * rows * sizes[s.name] for s in chain)
+    return 8 * recipe.bytes(model, prompt, new_tokens, aux=aux, dtype=dtype) / values

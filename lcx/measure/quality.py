@@ -1,0 +1,122 @@
+"""What a method costs in prediction: negative log likelihood of real text, and the distance to dense attention."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx.errors import UserError
+from lcx.experiment import Experiment
+from lcx.model import Layers
+from lcx.session import Session
+
+ROWS = 256  # logits of so many tokens at a time: 50 MB for a vocabulary of 49,152
+
+
+@dataclass(frozen=True)
+class Score:
+    """Negative log likelihoods in nats.
+
+    Attributes:
+      nll: float32 [M].
+      ids: int32, all tokens that were read.
+      cache_bytes: of the arrays when the last token had been read.
+      seconds: prefill and continuation, compiling included where it was not done ahead.
+    """
+
+    nll: np.ndarray
+    ids: np.ndarray
+    cache_bytes: int
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        return float(self.nll.mean(dtype=np.float64))
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(self.mean))
+
+
+@jax.jit
+def _nll(logits, targets):
+    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
+
+
+@jax.jit
+def _divergence(reference, logits):
+    """KL(reference || other) in nats and whether the most likely token is the same, each [N]."""
+    p, q = jax.nn.log_softmax(reference, -1), jax.nn.log_softmax(logits, -1)
+    return jnp.sum(jnp.exp(p) * (p - q), -1), jnp.argmax(p, -1) == jnp.argmax(q, -1)
+
+
+def _by_rows(call: Callable, num_rows: int) -> np.ndarray:
+    parts = [np.asarray(call(slice(i, i + ROWS))) for i in range(0, num_rows, ROWS)]
+    return np.concatenate(parts, -1)
+
+
+def token_nll(layers: Layers, x: jax.Array, targets) -> np.ndarray:
+    """-log p of each target, float32 [N], from the residual stream x [N,E] of the tokens before."""
+    targets = jnp.asarray(targets, jnp.int32)
+    return _by_rows(lambda rows: _nll(layers.logits(x[rows]), targets[rows]), x.shape[0])
+
+
+def divergence(layers: Layers, reference: jax.Array, x: jax.Array) -> tuple[float, float]:
+    """(mean KL(dense || method) in nats, share of tokens whose most likely next token is dense's) from residual streams [N,E]."""
+    both = lambda rows: jnp.stack(
+        [jnp.asarray(v, jnp.float32) for v in _divergence(layers.logits(reference[rows]), layers.logits(x[rows]))]
+    )  # noqa: E731
+    kl, same = _by_rows(both, x.shape[0])
+    return float(kl.mean(dtype=np.float64)), float(same.mean())
+
+
+def make_session(layers: Layers, experiment: Experiment, prompt: int, new_tokens: int = 0, batch: int = 1) -> Session:
+    """A session for an experiment's recipe, arrays and schedule."""
+    aux = experiment.load_aux(layers.config)
+    return Session(layers, experiment.recipe, prompt, new_tokens, aux=aux, batch=batch, schedule=experiment.schedule)
+
+
+def score_text(layers: Layers, experiment: Experiment, ids) -> Score:
+    """Next-token NLL at every position of one pass over `ids` [N]: nll [N-1]."""
+    ids = np.asarray(ids, np.int32)
+    if len(ids) < 2:
+        raise UserError(f"num_tokens={len(ids)} must be at least 2: the first token is not predicted")
+    start = time.perf_counter()
+    session = make_session(layers, experiment, len(ids) - 1)
+    x = session.prefill(ids[:-1], rows="all")[0]
+    nll = token_nll(layers, x, ids[1:])
+    return Score(nll, ids, session.cache_bytes, time.perf_counter() - start)
+
+
+def continue_session(session: Session, ids, prompt: int) -> jax.Array:
+    """Feed ids[prompt:-1] in one step after a prompt of `prompt` tokens: x [M,E] of the tokens before ids[prompt + 1:]."""
+    return session.step(ids[None, prompt:-1], rows="all")[0]
+
+
+def score_continuation(layers: Layers, experiment: Experiment, ids, prompt: int) -> Score:
+    """NLL of a continuation after a prompt that was read under the recipe.
+
+    Reads ids[:prompt] under the recipe (its prefill attention, then its eviction), then ids[prompt:-1] in one step at their true
+    positions, where each token sees everything kept and the continuation before it.
+
+    Args:
+      ids: int [prompt + M + 1].
+      prompt: tokens of the prompt.
+
+    Returns:
+      Score with nll[i] = -log p(ids[prompt + i + 1]), [M].
+    """
+    ids = np.asarray(ids, np.int32)
+    count = len(ids) - prompt - 1
+    if prompt < 1 or count < 1:
+        raise UserError(f"prompt_tokens={prompt} and continuation_tokens={count} must be at least 1")
+    start = time.perf_counter()
+    session = make_session(layers, experiment, prompt, count)
+    session.prefill(ids[:prompt])
+    nll = token_nll(layers, continue_session(session, ids, prompt), ids[prompt + 1 :])
+    return Score(nll, ids, session.cache_bytes, time.perf_counter() - start)
