@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +15,17 @@ from absl import app, flags
 from lcx.errors import UserError
 
 _changes: dict[str, str] = {}
+
+
+def _has(package: str) -> bool:
+    with contextlib.suppress(ImportError):
+        return importlib.util.find_spec(package) is not None
+    return False
+
+
+# wheels that only compile for a GPU come without cuDNN: JAX would log an error and fall back to the CPU, so it takes the CPU at once
+if _has("jax_plugins.xla_cuda13") and not (Path("/dev/nvidia0").exists() and _has("nvidia.cudnn")):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def define_flags(config: str | None = None) -> None:
@@ -80,13 +93,12 @@ def _parse(name: str, argv: Sequence[str]) -> list[str]:
 def config():
     """The config of --config with its changes and with --chunk_size and --model."""
     from lcx.config_files import load_config
-    from lcx.schedules.chunked import Chunked
 
     found = load_config(flags.FLAGS.config, _changes)
     if flags.FLAGS.model is not None:
         found = replace(found, model=flags.FLAGS.model)
     if flags.FLAGS.chunk_size is not None:
-        found = replace(found, schedule=Chunked(flags.FLAGS.chunk_size))
+        found = found.with_chunks(flags.FLAGS.chunk_size)
     return found
 
 

@@ -83,7 +83,7 @@ def tokens_source(k: jax.Array, v: jax.Array, pos: jax.Array) -> Source:
 
 def used_length(pos: jax.Array, axis=None) -> jax.Array:
     """Slots up to and including the last one that holds a token; over all rows, or per row with `axis=-1`."""
-    return jnp.max(jnp.where(pos != EMPTY, jnp.arange(1, pos.shape[-1] + 1), 0), axis=axis)
+    return jnp.max(jnp.where(pos != EMPTY, jnp.arange(1, pos.shape[-1] + 1), 0), axis=axis, initial=0)
 
 
 def _starts(total: int, size: int) -> jax.Array:
@@ -282,7 +282,7 @@ def merge(parts: list[Partial]) -> Partial:
     some = total > 0
     total = jnp.where(some, total, 1.0)
     # a part without keys has weight 0 and out 0
-    out = sum(p.out * (w / total)[..., None] for p, w in zip(parts, weights, strict=True))
+    out = reduce(jnp.add, [p.out * (w / total)[..., None] for p, w in zip(parts, weights, strict=True)])
     return Partial(out, jnp.where(some, safe + jnp.log(total), -jnp.inf))
 
 
@@ -302,6 +302,9 @@ def attend_visits(
     """
     B, R, G, T, D = q.shape
     Q, M = index.shape[3:]
+    if source.gather is None:
+        raise ValueError("this source has no `gather`: pages cannot be read")
+    gather = source.gather
     n_q = block_rows or -(-T // Q)
     if -(-T // n_q) != Q:
         raise ValueError(f"T={T} queries in blocks of {n_q} are not Q={Q} blocks")
@@ -317,7 +320,7 @@ def attend_visits(
         slots = jnp.where(live, slots, 0).reshape(B, R, G * M * size)
         kp = jnp.take_along_axis(pos, slots, 2).reshape(B, R, G, M * size)
         kp = jnp.where(live.reshape(kp.shape), kp, EMPTY)
-        k, v = source.gather(slots)
+        k, v = gather(slots)
         k = jnp.moveaxis(k.reshape(B, R, D, G, M * size), 3, 2)
         v = v.reshape(B, R, G, M * size, D)
         qt = lax.dynamic_slice_in_dim(q, i * n_q, n_q, 3)

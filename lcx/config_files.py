@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lcx.errors import UserError, nearest
 from lcx.experiment import Experiment, Sweep
@@ -75,7 +76,7 @@ def load_config(name: str | Path, changes: Mapping[str, str] | None = None) -> E
     return config
 
 
-def change(value, key: str, text: str, done: str = "config"):
+def change(value: Any, key: str, text: str, done: str = "config") -> Any:
     """`value` with the field at the dotted `key` set to `text`, read in the type of the field.
 
     Raises:

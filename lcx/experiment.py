@@ -46,6 +46,10 @@ class Experiment:
     def load_aux(self, model: ModelConfig) -> Aux | None:
         return None if self.aux is None else self.aux.load(model)
 
+    def with_chunks(self, size: int) -> Experiment:
+        """The same with the prompt read in chunks of `size` tokens."""
+        return replace(self, schedule=Chunked(size))
+
     def with_budget(self, prompt: int, budget: int | None = None, keep_ratio: float | None = None) -> Experiment:
         """The same with another budget: tokens per KV head, or a fraction of the prompt, floored.
 
@@ -76,6 +80,8 @@ class Sweep:
       continuation: tokens scored after the prompt.
       keep_ratio: budget of every recipe that has one, as a fraction of the prompt; None: the recipes' own.
       decode_steps: single-token steps timed at each point.
+      chunk_size: tokens of a prefill step; None: the recipes' own schedules.
+      text: a name of `lcx.texts`.
     """
 
     configs: tuple[str, ...]
@@ -84,3 +90,9 @@ class Sweep:
     continuation: int = 256
     keep_ratio: float | None = None
     decode_steps: int = 24
+    chunk_size: int | None = None
+    text: str = "pride_and_prejudice"
+
+    def with_chunks(self, size: int) -> Sweep:
+        """The same with every prompt read in chunks of `size` tokens."""
+        return replace(self, chunk_size=size)

@@ -191,7 +191,8 @@ def _write_chain(ctx: Ctx, recipe: Recipe, chain: Chain, stores, held: list[Held
     written = {}
     incoming: Tokens | None = new
     for s, store, here in zip(chain, stores, held, strict=True):
-        if incoming is None:
+        if incoming is None or here.pos.shape[-1] == 0:
+            # nothing falls, or no page ever will: the texts are shorter than the segment before holds
             written[s.name] = here.slots
             continue
         count = incoming.pos.shape[-1]
@@ -233,7 +234,8 @@ def attention(ctx: Ctx, recipe: Recipe, cache: dict[str, Any] | None, heads: dic
         stores = _stores(chain, head_dim, dtype)
         here = ctx.heads(index)
         if cache is None:
-            none = {s.name: Store(s.codec, head_dim, dtype).empty(*here.k.shape[:2], 1, 0, {}) for s in chain}
+            B, R = here.k.shape[:2]
+            none = {s.name: store.empty(B, R, 1, 0, {}) for s, store in zip(chain, stores, strict=True)}
             part, _, _ = _chain_attention(here, recipe, chain, stores, none)
         else:
             part, seen, turned = _chain_attention(here, recipe, chain, stores, cache)

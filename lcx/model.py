@@ -198,7 +198,7 @@ class Layers:
     @classmethod
     def of(cls, model: Model) -> Layers:
         config = model.config
-        head = model.embed if config.tied else model.lm_head
+        head = model.embed if model.lm_head is None else model.lm_head
         layers = tuple(nnx.split(block) for block in model.layers)
         return cls(config, model.embed[...], model.norm[...], head[...], layers)
 

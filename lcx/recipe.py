@@ -45,7 +45,7 @@ class Pattern:
         """(index [B,R,G,Q,M], count [B,R,G,Q], page size) of the keys named by `visits`."""
         raise NotImplementedError
 
-    def rope_pos(self, ctx, held_pos):
+    def rope_pos(self, ctx, held_pos) -> Any:
         """(q_pos [B,T], own_pos [B,T], held_pos [B,R|1,S]) to rotate by, or None for the text's positions.  Needs raw keys."""
         return None
 
@@ -237,6 +237,17 @@ class Recipe:
         return type(self.pattern).rope_pos is not Pattern.rope_pos
 
     @property
+    def has_budget(self) -> bool:
+        """Whether `with_budget` applies: exactly one part of the recipe keeps or reads a number of tokens."""
+        return self._num_budgets == 1 and (len(self.chains) == 1 or self.pattern.with_budget(1 << 20) is not None)
+
+    @property
+    def _num_budgets(self) -> int:
+        large = 1 << 20  # above every sink and observation window
+        parts = [c[0].policy.with_budget(large) if c[0].compress is None else c[0].compress for c in self.chains]
+        return sum(p is not None for p in (*parts, self.pattern.with_budget(large)))
+
+    @property
     def one_shot(self) -> bool:
         """Whether prefill must take the whole prompt in one step."""
         return self.pattern.one_shot
@@ -266,24 +277,18 @@ class Recipe:
         Raises:
           UserError: the recipe has no budget, or more than one.
         """
-        found = 0
-        chains = []
+        if not self.has_budget:
+            raise UserError(f"budget={budget}: this recipe keeps all tokens or has several budgets; it takes no --budget or --keep_ratio")
+        chains: list[Chain] = []
         for chain in self.chains:
             first = chain[0]
             policy = first.policy.with_budget(budget)
             if first.compress is not None:
-                chains.append((replace(first, compress=replace(first.compress, budget=budget)), *chain[1:]))
-                found += 1
+                first = replace(first, compress=replace(first.compress, budget=budget))
             elif policy is not None:
-                chains.append((replace(first, policy=policy), *chain[1:]))
-                found += 1
-            else:
-                chains.append(chain)
+                first = replace(first, policy=policy)
+            chains.append((first, *chain[1:]))
         pattern = self.pattern.with_budget(budget)
-        if found + (pattern is not None) != 1 or (found and len(chains) > 1):
-            raise UserError(
-                f"budget={budget}: this recipe keeps all tokens or has several budgets; it takes no --budget or --keep_ratio"
-            )
         segments = tuple(c[0] if len(c) == 1 else c for c in chains)
         return replace(self, segments=segments, pattern=self.pattern if pattern is None else pattern)
 

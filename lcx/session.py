@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,31 +100,31 @@ class Session:
         Without it each program is compiled when it is first needed.
         """
         start = time.perf_counter()
-        before = len(self._programs)
         wanted = [("decode", n) for n in steps]
         if prefill is not None:
             wanted.append(("prefill", max(stop - start for start, stop in self.schedule.steps(prefill))))
-        reports = []
+        calls: dict[Any, Any] = {}
         for phase, tokens in wanted:
             x = jax.ShapeDtypeStruct((self.batch, tokens, self.config.d_model), self.layers.dtype)
             pos = jax.ShapeDtypeStruct((self.batch, tokens), jnp.int32)
-            last_rows.lower(x, pos).compile()
             for i, kind in enumerate(self._kinds[phase]):
                 cache = jax.eval_shape(lambda i=i, phase=phase: self._empty(phase, i))
-                if (kind, tokens) not in self._programs:
-                    args, static = self.block_call(phase, i, x, pos, cache)
-                    self._programs[kind, tokens] = block_program.lower(*args, **static).compile()
-                    reports.append(self._programs[kind, tokens].memory_analysis())
-                key = (kind, self._kinds["decode"][i])
-                if phase == "prefill" and self.recipe.compresses and key not in self._programs:
-                    args, static = self.repack_call(i, cache, jax.eval_shape(lambda i=i: self._empty("decode", i)))
-                    self._programs[key] = repack_program.lower(*args, **static).compile()
-                    reports.append(self._programs[key].memory_analysis())
+                calls.setdefault((kind, tokens), (block_program, self.block_call(phase, i, x, pos, cache)))
+                if phase == "prefill" and self.recipe.compresses:
+                    empty = jax.eval_shape(lambda i=i: self._empty("decode", i))
+                    key = (kind, self._kinds["decode"][i])
+                    calls.setdefault(key, (repack_program, self.repack_call(i, cache, empty)))
+        fresh = [key for key in calls if key not in self._programs]
+        lowered = [calls[key][0].lower(*calls[key][1][0], **calls[key][1][1]) for key in fresh]
+        # XLA compiles outside the interpreter's lock, most of the time on one core
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            self._programs |= zip(fresh, pool.map(lambda program: program.compile(), lowered), strict=True)
+        reports = [self._programs[key].memory_analysis() for key in calls]
         self.layers.logits(jnp.zeros((self.batch, self.config.d_model), self.layers.dtype)).block_until_ready()
         temp = max((r.temp_size_in_bytes for r in reports), default=0)
         widest = max((n for _, n in wanted), default=1)
         stream = 2 * self.batch * widest * self.config.d_model * jnp.dtype(self.layers.dtype).itemsize
-        return Compiled(time.perf_counter() - start, len(self._programs) - before, temp, temp + stream)
+        return Compiled(time.perf_counter() - start, len(fresh), temp, temp + stream)
 
     def _empty(self, phase: str, layer: int):
         return self.recipe.init_layer(
@@ -161,15 +162,17 @@ class Session:
             program = self._programs.get((kind, x.shape[1]))
             x, self.cache[i] = block_program(*args, **static) if program is None else program(*args)
             if last and self.recipe.compresses:
-                self._note_peak()
-                args, static = self.repack_call(i, self.cache[i], self._empty("decode", i))
+                empty = self._empty("decode", i)
+                self._note_peak(device_bytes(empty))
+                args, static = self.repack_call(i, self.cache[i], empty)
                 program = self._programs.get((kind, self._kinds["decode"][i]))
                 self.cache[i] = repack_program(*args, **static) if program is None else program(*args)
-        self._note_peak()
+        if phase == "prefill":
+            self._note_peak()
         return x
 
-    def _note_peak(self):
-        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes)
+    def _note_peak(self, beside: int = 0):
+        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes + beside)
 
     @property
     def cache_bytes(self) -> int:
@@ -193,8 +196,8 @@ class Session:
             raise UserError(
                 f"tokens have shape {tokens.shape}; the session is for batch {self.batch}, prompt {self.prompt}"
             )
-        lengths = np.full(B, T) if lengths is None else np.asarray(lengths)
-        pos = np.where(np.arange(T) < lengths[:, None], np.arange(T), EMPTY).astype(np.int32)
+        real = np.full(B, T) if lengths is None else np.asarray(lengths)
+        pos = np.where(np.arange(T) < real[:, None], np.arange(T), EMPTY).astype(np.int32)
         steps = self.schedule.steps(T)
         width = max(stop - start for start, stop in steps)
         wanted: list[Any] = [None] * B
@@ -209,9 +212,9 @@ class Session:
                 streams.append(x[:, : stop - start])
             else:
                 ends = last_rows(x, step_pos)
-                for b in np.flatnonzero((lengths - 1 >= start) & (lengths - 1 < stop)):
+                for b in np.flatnonzero((real - 1 >= start) & (real - 1 < stop)):
                     wanted[b] = ends[b]
-        self.next_pos = lengths.astype(np.int32)
+        self.next_pos = real.astype(np.int32)
         if rows == "all":
             return streams[0] if len(streams) == 1 else jnp.concatenate(streams, 1)
         return self.layers.logits(jnp.stack(wanted))

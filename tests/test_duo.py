@@ -29,19 +29,18 @@ from lcx.recipe import Recipe
 from lcx.schedules.chunked import Chunked
 from lcx.session import Session
 
-TINY = ModelConfig("tiny", 4, 48, 6, 3, 16, 40, 97, 512)
+TINY = ModelConfig("tiny", 3, 48, 6, 3, 16, 40, 97, 512)
 LOCAL = replace(TINY, name="tiny-window", window=6, global_every=2)
-# layers with 0, 1, 2 and 3 streaming heads of 3
-SCORES = np.array([[7, 8, 9], [10, 1, 11], [2, 12, 3], [4, 5, 6]])
-STREAMING = [[], [1], [0, 2], [0, 1, 2]]
-SPLIT = split_by_score(SCORES, 0.5)
-# one shape for all layers: compiles once
-EVEN = split_by_score([[1, 0, 1]] * 4, 1 / 3)
+# layers with 0, 2 and 3 streaming heads of 3; each shape of a layer compiles once
+SCORES = np.array([[7, 8, 9], [1, 10, 2], [3, 4, 5]])
+STREAMING = [[], [0, 2], [0, 1, 2]]
+SPLIT = split_by_score(SCORES, 0.6)
+EVEN = split_by_score([[0, 1, 0]] * 3, 0.7)
 SINK, WINDOW = 2, 5
 DUO = Recipe(duo(SINK, WINDOW))
 # all runs have these sizes, so that they share their programs
 PROMPT, TOTAL, CHUNK = 18, 25, 7
-ATOL = 3e-4  # f32 through 4 layers; logits have a spread of 7
+ATOL = 3e-4  # f32 through 3 layers; logits have a spread of 7
 
 
 def weights_of(config):
@@ -76,11 +75,11 @@ def test_lowest_scores_of_the_whole_model_stream():
         assert {h.dtype for h in layer["heads"].values()} == {np.dtype(np.int32)}
 
 
-@pytest.mark.parametrize("fraction, count", [(0, 0), (0.08, 0), (0.24, 2), (0.5, 6), (1, 12)])
+@pytest.mark.parametrize("fraction, count", [(0, 0), (0.1, 0), (0.32, 2), (0.5, 4), (1, 9)])
 def test_number_of_streaming_heads_is_floored(fraction, count):
     assert sum(map(len, streaming_of(split_by_score(SCORES, fraction)))) == count
     # equal scores change nothing about the number: the first heads stream
-    tied = streaming_of(split_by_score(np.zeros((4, 3)), fraction))
+    tied = streaming_of(split_by_score(np.zeros((3, 3)), fraction))
     assert [(i, k) for i, heads in enumerate(tied) for k in heads] == [divmod(n, 3) for n in range(count)]
 
 
@@ -97,7 +96,7 @@ def far_mass_oracle(config, tokens):
 def test_far_mass_equals_numpy_decoder(config, chunk):
     tokens = text(1, 37)
     found = head_mass.far_mass(layers_of(config), tokens, SINK, WINDOW, chunk)
-    # f32 through 4 layers, shares up to 0.8
+    # f32 through 3 layers, shares up to 0.8
     np.testing.assert_allclose(found, far_mass_oracle(config, tokens), atol=2e-5)
 
 
@@ -127,7 +126,7 @@ def test_bytes_known_beforehand_are_those_of_the_arrays(codec, fraction):
 def test_one_token_at_a_time_equals_a_mask_per_head():
     """A streaming head sees sinks, the window that it kept, and the token itself."""
     tokens = text(2)
-    heads = cycle([(layer, head) for layer in range(4) for head in range(3)])
+    heads = cycle([(layer, head) for layer in range(3) for head in range(3)])
 
     def allow(q_pos, kv_pos):
         layer, head = next(heads)
@@ -141,7 +140,7 @@ def test_one_token_at_a_time_equals_a_mask_per_head():
 @pytest.mark.parametrize("chunk", [CHUNK, 1])
 def test_each_step_attends_first_and_forgets_afterwards(chunk):
     tokens = text(3)
-    layer = cycle(range(4))
+    layer = cycle(range(3))
 
     def keep(heads):
         streams = STREAMING[next(layer)]
@@ -164,11 +163,10 @@ def test_streaming_heads_forget():
     assert apart[: SINK + WINDOW].max() < ATOL and apart[SINK + WINDOW + 1 :].min() > 0.1
 
 
-@pytest.mark.parametrize("chunk", [None, CHUNK])
-def test_equals_dense_when_all_heads_retrieve(chunk):
+def test_equals_dense_when_all_heads_retrieve():
     tokens = text(4)
-    dense, _ = run(Recipe(), tokens, None, chunk=chunk)
-    got, _ = run(DUO, tokens, split_by_score(SCORES, 0), chunk=chunk)
+    dense, _ = run(Recipe(), tokens, None, chunk=CHUNK)
+    got, _ = run(DUO, tokens, split_by_score(SCORES, 0), chunk=CHUNK)
     np.testing.assert_allclose(got, dense, atol=1e-5)  # f32, the same keys in the same tiles
 
 
@@ -182,11 +180,10 @@ def test_equals_dense_at_16_bits_when_all_heads_retrieve():
 
 
 @pytest.mark.parametrize("aux", [EVEN, split_by_score(SCORES, 1)], ids=["some", "all"])
-@pytest.mark.parametrize("chunk", [None, CHUNK])
-def test_equals_dense_while_sink_and_window_cover_the_text(chunk, aux):
+def test_equals_dense_while_sink_and_window_cover_the_text(aux):
     tokens = text(5)
-    dense, _ = run(Recipe(), tokens, None, chunk=chunk)
-    got, _ = run(Recipe(duo(4, TOTAL - 4)), tokens, aux, chunk=chunk)
+    dense, _ = run(Recipe(), tokens, None, chunk=CHUNK)
+    got, _ = run(Recipe(duo(4, TOTAL - 4)), tokens, aux, chunk=CHUNK)
     np.testing.assert_allclose(got, dense, atol=1e-4)  # f32, another order of the heads
 
 
@@ -203,7 +200,7 @@ def test_composes_with_4_bits_and_chunks():
     exact, _ = run(DUO, tokens, EVEN, chunk=CHUNK)
     got, session = run(Recipe(duo(SINK, WINDOW, Int(4))), tokens, EVEN, chunk=CHUNK)
     assert np.isfinite(got).all()
-    assert session.cache[0]["streaming"].payload["v"].shape == (1, 1, SINK + WINDOW, TINY.head_dim // 2)
+    assert session.cache[0]["streaming"].payload["v"].shape == (1, 2, SINK + WINDOW, TINY.head_dim // 2)
     # 16 levels a token leave the direction of random logits, not their digits
     assert np.corrcoef(got.ravel(), exact.ravel())[0, 1] > 0.8
 
@@ -289,10 +286,8 @@ def test_fractions_out_of_range_are_refused(fraction):
 @pytest.mark.parametrize(
     "flags, problem",
     [
-        (["--bogus=1"], "bogus"),
         (["--tokens=many", "--out=x.json"], "--tokens=many"),
-        (["x.json"], "argument 'x.json'"),
-        ([], "out=None"),
+        ([], "out=''"),
         (["--out=no/such/folder/x.json"], "out='no/such/folder/x.json'"),
         (["--out=x.json", "--model=smollm2-135n"], "did you mean 'smollm2-135m'"),
     ],

@@ -284,7 +284,7 @@ def most_kept(kept):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     lengths=st.tuples(st.integers(1, PROMPT), st.integers(1, PROMPT)),
     chunk=st.sampled_from([CHUNK, 1]),
@@ -328,7 +328,7 @@ def test_steps_after_a_cut_may_have_several_tokens():
     assert follows_rule(METHODS["snapkv"], BUDGET, Case((PROMPT, 11), seed=5, steps=(3, 1)))
 
 
-@pytest.mark.parametrize("name", ["sink_window", "streaming_llm", "tova", "h2o"])
+@pytest.mark.parametrize("name", ["sink_window", "tova", "h2o"])
 def test_layers_with_a_window_of_their_own_follow_the_rule_too(name):
     method, case = METHODS[name], Case((PROMPT, 12), seed=6, steps=(), config=LOCAL)
     got, _ = run(method.recipe(BUDGET), case)
@@ -404,32 +404,30 @@ def test_a_cut_after_the_prompt_does_not_touch_its_logits_and_does_touch_the_nex
         (METHODS["tova"], 1),
         (METHODS["knorm"], 1),
         (METHODS["h2o"], 2),
+        (act_once(lambda n: SnapKV(n, window=1, kernel=1), votes(1, 1, np.mean)), 1),
         (act_once(lambda n: SnapKV(n, window=1, kernel=1), votes(1, 1, np.mean)), 2),
     ],
-    ids=["window", "tova", "knorm", "h2o", "snapkv"],
+    ids=["window", "tova", "knorm", "h2o", "snapkv_window_alone", "snapkv"],
 )
 def test_the_smallest_budget(method, budget):
-    assert follows_rule(method, budget, Case((PROMPT, 1), 1, seed=14, steps=(1, 1)))
+    assert follows_rule(method, budget, Case((PROMPT, 1), 1, seed=14, steps=() if method.once else (1, 1)))
 
 
-@pytest.mark.parametrize(("window", "budget"), [(50, 51), (10, 12)])
-def test_snapkv_keeps_prompts_that_are_shorter_than_its_window(window, budget):
-    """A window of 50 is longer than any prompt here, one of 10 than the second, whose queries then all vote."""
-    method = act_once(lambda n: SnapKV(n, window=window), votes(window, 5, np.mean))
+def test_snapkv_keeps_prompts_that_are_shorter_than_its_window():
+    """Then all their queries vote, and the rest of the probe is empty."""
+    method = act_once(lambda n: SnapKV(n, window=50), votes(50, 5, np.mean))
     case = Case((PROMPT, 7), seed=15, steps=())
-    assert follows_rule(method, budget, case)
-    _, kept = run(method.recipe(budget), case)
+    assert follows_rule(method, 51, case)
+    _, kept = run(method.recipe(51), case)
     for layer in kept[0]:
-        assert [len(pos) for text in layer for pos in text] == [min(PROMPT, budget)] * 2 + [7] * 2
+        assert [len(pos) for text in layer for pos in text] == [PROMPT, PROMPT, 7, 7]
 
 
 def test_more_slots_than_the_budget_change_nothing():
-    def roomy(name):
-        segment = METHODS[name].recipe(BUDGET).chains[0][0]
-        return replace(METHODS[name], recipe=lambda n: Recipe((replace(segment, slots=n + 4),)))
-
-    assert follows_rule(roomy("tova"), BUDGET, Case((PROMPT, 5), seed=16))
-    assert follows_rule(roomy("window"), BUDGET, Case((BUDGET + 2, 3), 1, seed=17))
+    segment = METHODS["tova"].recipe(BUDGET).chains[0][0]
+    roomy = replace(METHODS["tova"], recipe=lambda n: Recipe((replace(segment, slots=n + 4),)))
+    assert follows_rule(roomy, BUDGET, Case((PROMPT, 5), seed=16))
+    assert follows_rule(roomy, BUDGET, Case((BUDGET + 2, 3), 1, seed=17))
 
 
 def test_a_window_may_follow_snapkv():
@@ -449,23 +447,19 @@ def test_a_window_may_follow_snapkv():
     assert min(cut.margin, tail.margin) > MARGIN
 
 
-def test_pages_that_a_flush_hands_down_are_all_kept_by_the_next_segment():
-    case = Case((PROMPT, 8), seed=19)
-    dense, _ = run(Recipe(), case)
-    chain = (Segment("tail", policy=Flush(page=3, keep=4)), Segment("all"))
-    layers = layers_of(TINY, 0)
-    session = Session(layers, Recipe((chain,)), PROMPT, NEW, batch=2, schedule=Chunked(CHUNK))
-    done = np.array(case.lengths)
-    for tokens, exact in zip([None, *case.continuations], dense, strict=True):
-        logits = session.prefill(case.prompts, case.lengths) if tokens is None else session.step(tokens)
-        np.testing.assert_allclose(logits, exact, atol=2e-5)
-        done = done + (0 if tokens is None else tokens.shape[1])
-        for old, new in zip(kept_positions(session), kept_positions(session, "tail"), strict=True):
-            for row, total in enumerate(done):
-                split = (total - 4) // 3 * 3
-                for head in range(TINY.num_kv_heads):
-                    np.testing.assert_array_equal(old[row][head], np.arange(split))
-                    np.testing.assert_array_equal(new[row][head], np.arange(split, total))
+@pytest.mark.parametrize("lengths", [(PROMPT, 20), (CHUNK, 7), (6, 1)])
+def test_pages_that_a_flush_hands_down_are_all_kept_by_the_next_segment(lengths):
+    case = Case(lengths, seed=19, steps=())
+    chain = (Segment("tail", policy=Flush(page=3, keep=4)), Segment("pages"))
+    session = Session(layers_of(TINY, 0), Recipe((chain,)), PROMPT, batch=2, schedule=Chunked(CHUNK))
+    logits = session.prefill(case.prompts, lengths)
+    np.testing.assert_allclose(logits, run(Recipe(), case)[0][0], atol=2e-5)
+    for tail, pages in zip(kept_positions(session, "tail"), kept_positions(session, "pages"), strict=True):
+        for row, total in enumerate(lengths):
+            split = max(0, (total - 4) // 3 * 3)
+            for head in range(TINY.num_kv_heads):
+                np.testing.assert_array_equal(pages[row][head], np.arange(split))
+                np.testing.assert_array_equal(tail[row][head], np.arange(split, total))
 
 
 # ---- A-shape
@@ -478,7 +472,7 @@ def a_shape(q_pos, kv_pos):
     return (kv_pos < 2) | (q_pos - kv_pos < 5)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     lengths=st.tuples(st.integers(1, PROMPT), st.integers(1, PROMPT)),
     chunk=st.sampled_from([CHUNK, 1]),
@@ -496,14 +490,6 @@ def test_a_shape_that_covers_the_text_is_exact():
     case = Case((3, 2), 1, seed=20)
     for ours, exact in zip(run(Recipe(pattern=SHAPE), case)[0], run(Recipe(), case)[0], strict=True):
         np.testing.assert_allclose(ours, exact, atol=2e-5)
-
-
-def test_a_shape_reads_what_a_sink_window_keeps():
-    """Token by token, the window that forgets holds the query's own token on top."""
-    case = Case(seed=21, chunk=1)
-    forgets = run(Recipe((Segment(policy=SinkWindow(2, 4)),)), case)[0]
-    for ours, masked in zip(forgets, run(Recipe(pattern=SHAPE), case)[0], strict=True):
-        np.testing.assert_allclose(ours, masked, atol=2e-5)
 
 
 @settings(max_examples=200)
@@ -567,7 +553,7 @@ BAD = [
     (lambda: SinkWindow(sink=4).with_budget(4), "budget=4", "at least 5"),
     (lambda: SnapKV(window=0), "window=0", "at least 1"),
     (lambda: SnapKV(window="64"), "window='64'", "integer"),
-    (lambda: SnapKV(budget=64), "budget=64", "at least 65"),
+    (lambda: SnapKV(budget=63), "budget=63", "at least 64"),
     (lambda: SnapKV(budget=100.0), "budget=100.0", "integer"),
     (lambda: SnapKV(kernel=4), "kernel=4", "odd"),
     (lambda: SnapKV(kernel=0), "kernel=0", "at least 1"),
@@ -588,7 +574,7 @@ BAD = [
     (lambda: AShape(sink=4).with_budget(4), "budget=4", "at least 5"),
     (lambda: AShape(sink=4).with_budget(None), "budget=None", "integer"),
     (lambda: Recipe(pattern=AShape(sink=4)).with_budget(3), "budget=3", "at least 5"),
-    (lambda: Recipe((Segment(compress=SnapKV()),)).with_budget(64), "budget=64", "at least 65"),
+    (lambda: Recipe((Segment(compress=SnapKV()),)).with_budget(63), "budget=63", "at least 64"),
 ]
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from lcx import texts
 from lcx.attention import attend, merge, tokens_source
 from lcx.errors import UserError
+from lcx.loading import Pretrained, starts_with_bos
 from lcx.model import Layers, Model
 from lcx.policies.keep import KeepAll
 from lcx.policies.sink_window import SinkWindow
-from lcx.pretrained import Checkpoint
 from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked
 from lcx.session import Session
@@ -87,33 +87,30 @@ def far_mass(model: Model | Layers, tokens, sink: int, window: int, chunk: int =
     return np.stack(found)
 
 
-def calibrate(checkpoint: Checkpoint, text: str, tokens: int, sink: int, window: int) -> dict[str, Any]:
-    """The head split of a model on a shipped text: what `lcx.policies.duo.HeadSplit` reads, and where it comes from.
+def calibrate(model: Pretrained, text: str, tokens: int, sink: int, window: int) -> dict[str, Any]:
+    """The scores of a model's KV heads on a shipped text, and where they come from: what `HeadSplit` reads.
 
     Args:
-      checkpoint: the model.
+      model: attends densely.
       text: a name of `lcx.texts`.
-      tokens: tokens of it that are read, from its beginning, a bos token included where the model has one.
+      tokens: tokens of it that are read, from its beginning, bos in front included where the model has it.
       sink, window: as in `SinkWindow`.
 
     Raises:
-      UserError: no such text, a number out of range, or fewer tokens in the text.
+      UserError: no such text, a number out of range, or fewer tokens in the text or in the model's context.
     """
-    tokenizer, config = checkpoint.tokenizer, checkpoint.config
-    ids = tokenizer.encode(texts.read(text))
-    if tokenizer.add_bos:
-        ids = [tokenizer.bos_id, *ids]
-    if not 1 <= tokens <= min(len(ids), config.context):
-        limit = f"text {text!r} has {len(ids):,}, model {checkpoint.name!r} a context of {config.context:,}"
-        raise UserError(f"tokens={tokens} must be at least 1, and {limit}")
-    model = Model(config, {name: jnp.asarray(array) for name, array in checkpoint.arrays.items()})
-    scores = far_mass(model, ids[:tokens], sink, window)
-    flags = {"model": checkpoint.name, "text": text, "tokens": tokens, "sink": sink, "window": window}
+    config = model.config
+    ids = starts_with_bos(model.tokenizer, model.tokenizer.encode(texts.read(text)))
+    most = min(len(ids), config.context)
+    if not 1 <= tokens <= most:
+        raise UserError(f"tokens={tokens}; text {text!r} and the context of {model.name} allow 1 to {most}")
+    scores = far_mass(model.layers, ids[:tokens], sink, window)
+    flags = {"model": model.name, "text": text, "tokens": tokens, "sink": sink, "window": window}
     return {
-        "model": checkpoint.name,
+        "model": model.name,
         "config_name": config.name,
         "sizes": {n: getattr(config, n) for n in ("num_layers", "num_heads", "num_kv_heads", "head_dim")},
-        "model_sha256": checkpoint.sha256,
+        "model_sha256": model.sha256,
         "method": METHOD,
         "paper": "https://arxiv.org/abs/2410.10819",
         "text": text,

@@ -22,7 +22,7 @@ class SnapKV(Compress):
     set per KV head (the authors store one per query head).  Exact while the prompt is within the budget.
 
     Args:
-      budget: tokens kept per KV head, the window included.
+      budget: tokens kept per KV head, the window included; as small as the window.
       window: last prompt tokens whose queries vote, and which always stay.
       kernel: width of the pooling, odd; zeros pad the edges and count in the mean.
       pooling: "avg" or "max", per KV head after the group's mean for "avg"; per query head before it for "max".
@@ -35,7 +35,7 @@ class SnapKV(Compress):
 
     def __post_init__(self):
         check_tokens("SnapKV", "window", self.window, 1)
-        check_budget("SnapKV (window included)", self.budget, self.window + 1)
+        check_budget("SnapKV (window included)", self.budget, self.window)
         check_tokens("SnapKV", "kernel", self.kernel, 1)
         if self.kernel % 2 == 0:
             raise UserError(f"SnapKV: kernel={self.kernel} must be odd")

@@ -1,0 +1,175 @@
+"""Compile for GPUs that are not there: what XLA needs to know of each, and the compiled program with its memory plan.
+
+XLA's GPU compiler runs on any x86_64 Linux machine with the wheels of the extra `plan`; its buffer assignment is the one that a run
+would have.  It says nothing about speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from lcx.errors import UserError, nearest
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class GpuTarget:
+    """One GPU, as XLA's GpuTargetConfigProto describes it.
+
+    Attributes:
+      name: what the flag --target takes.
+      capability: compute capability, (major, minor).
+      cores: streaming multiprocessors.
+      fpus_per_core: float32 units of each.
+      threads_per_core: resident at most.
+      shared_bytes, shared_optin_bytes: shared memory of a core, and what one block may ask for.
+      bandwidth: of the memory, bytes a second, vendor's figure.
+      l2_bytes: L2 cache.
+      clock_ghz: boost clock.
+      memory_bytes: what the driver reports; read on the card for the H200, usual figures for the others.
+      bf16_flops: dense bfloat16 operations a second, vendor's figure.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    fpus_per_core: int
+    threads_per_core: int
+    shared_bytes: int
+    shared_optin_bytes: int
+    bandwidth: float
+    l2_bytes: int
+    clock_ghz: float
+    memory_bytes: int
+    bf16_flops: float
+
+    @property
+    def proto(self) -> str:
+        """The text form of XLA's GpuTargetConfigProto."""
+        return f"""gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+          shared_memory_per_core: {self.shared_bytes} threads_per_core_limit: {self.threads_per_core}
+          core_count: {self.cores} fpus_per_core: {self.fpus_per_core}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          memory_bandwidth: {int(self.bandwidth)} l2_cache_size: {self.l2_bytes} clock_rate_ghz: {self.clock_ghz}
+          device_memory_size: {self.memory_bytes} shared_memory_per_block_optin: {self.shared_optin_bytes}
+          cuda_compute_capability {{ major: {self.capability[0]} minor: {self.capability[1]} }}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+        }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }} device_description_str: "{self.name}" """
+
+
+_HOPPER = dict(capability=(9, 0), cores=132, fpus_per_core=128, threads_per_core=2_048, clock_ghz=1.98, bf16_flops=989e12)
+_HOPPER |= dict(shared_bytes=233_472, shared_optin_bytes=232_448)
+_GEFORCE = dict(fpus_per_core=128, threads_per_core=1_536, shared_bytes=102_400, shared_optin_bytes=101_376)
+
+TARGETS = {
+    t.name: t
+    for t in (
+        GpuTarget("h200", bandwidth=4.8e12, l2_bytes=60 * MIB, memory_bytes=143_771 * MIB, **_HOPPER),
+        GpuTarget("h100", bandwidth=3.35e12, l2_bytes=50 * MIB, memory_bytes=81_559 * MIB, **_HOPPER),
+        GpuTarget(
+            "a100", (8, 0), 108, 64, 2_048, 167_936, 166_912, 2.039e12, 40 * MIB, 1.41, 81_920 * MIB, bf16_flops=312e12
+        ),
+        GpuTarget(
+            "rtx4090",
+            (8, 9),
+            128,
+            bandwidth=1.008e12,
+            l2_bytes=72 * MIB,
+            clock_ghz=2.52,
+            memory_bytes=24_564 * MIB,
+            bf16_flops=165e12,
+            **_GEFORCE,
+        ),
+        GpuTarget(
+            "rtx3090",
+            (8, 6),
+            82,
+            bandwidth=0.936e12,
+            l2_bytes=6 * MIB,
+            clock_ghz=1.70,
+            memory_bytes=24_576 * MIB,
+            bf16_flops=71e12,
+            **_GEFORCE,
+        ),
+        GpuTarget(
+            "l40s",
+            (8, 9),
+            142,
+            bandwidth=0.864e12,
+            l2_bytes=96 * MIB,
+            clock_ghz=2.52,
+            memory_bytes=46_068 * MIB,
+            bf16_flops=362e12,
+            **_GEFORCE,
+        ),
+    )
+}
+
+
+def gpu_target(name: str) -> GpuTarget:
+    """The target of this name.
+
+    Raises:
+      UserError: there is none; names the nearest.
+    """
+    if name not in TARGETS:
+        raise UserError(f"target={name!r}: allowed are {', '.join(TARGETS)}{nearest(name, TARGETS)}")
+    return TARGETS[name]
+
+
+@cache
+def compile_device(target: GpuTarget):
+    """A device that can be compiled for and not run on.
+
+    Raises:
+      UserError: the wheels of the extra `plan` are not installed, or do not load.
+    """
+    from jax.experimental import topologies
+
+    try:
+        topology = topologies.get_topology_desc(
+            topology_name=target.name, platform="cuda", topology="1x1x1", target_config=target.proto
+        )
+    # the plugin raises whatever its loader meets
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"target={target.name!r} needs XLA's GPU compiler, which does not load here ({reason}); install the extra: "
+            "pip install 'lcx[plan]'"
+        ) from None
+    return topology.devices[0]
+
+
+def abstract(tree, target: GpuTarget | None = None):
+    """Shapes and dtypes of the arrays (or shapes) in `tree`, placed on the target; None: on this machine's own device."""
+    place = {} if target is None else {"sharding": SingleDeviceSharding(compile_device(target))}
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.result_type(x), **place), tree)
+
+
+def compile_for(target: GpuTarget | None, program, args: Sequence[Any], static: dict[str, Any] | None = None):
+    """A jitted program compiled for a target from shapes alone; no array is made.
+
+    Args:
+      target: one of TARGETS; None: this machine's own device.
+      program: what `jax.jit` returned; its donated arguments stay donated.
+      args: arrays, or anything with shape and dtype, in pytrees.
+      static: static arguments by name.
+
+    Returns:
+      The executable: `memory_analysis()` gives argument, output, alias and temp bytes.
+
+    Raises:
+      UserError: as `compile_device`.
+    """
+    traced = program.trace(*abstract(tuple(args), target), **(static or {}))
+    return traced.lower(**({} if target is None else {"lowering_platforms": ("cuda",)})).compile()

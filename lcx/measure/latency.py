@@ -1,0 +1,21 @@
+"""Times on a monotonic clock, of finished work: device results are waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+
+def timed(call: Callable):
+    """(result, seconds) of one call."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return result, time.perf_counter() - start
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and 90th percentile in seconds, and how many."""
+    return {"median": float(np.median(seconds)), "p90": float(np.percentile(seconds, 90)), "n": len(seconds)}

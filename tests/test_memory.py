@@ -1,0 +1,75 @@
+"""Scratch memory of the compiled steps at the shapes of Llama-3-8B and 131,072 tokens: nothing is allocated, nothing runs.
+
+One block and the logits of the last token are the programs of a step.  The cache is donated: a program that copied it would need
+0.5 GiB more a layer in bfloat16.
+"""
+
+import math
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from lcx.codecs.exact import Cast
+from lcx.codecs.int_token import Int
+from lcx.codecs.kivi import chain
+from lcx.config import ModelConfig, param_shapes
+from lcx.errors import UserError
+from lcx.measure.gpu_targets import TARGETS, abstract, compile_device, compile_for, gpu_target
+from lcx.model import Block, Layers, logits_program
+from lcx.model import block_program
+from lcx.patterns.quest import Quest
+from lcx.policies.duo import duo, split_by_score
+from lcx.policies.h2o import H2O
+from lcx.policies.sink_window import SinkWindow
+from lcx.recipe import Recipe, Segment
+from lcx.session import Session
+
+# three of the 32 layers: Quest reads the first two densely
+LLAMA3_8B = ModelConfig("llama3-8b", 3, 4_096, 32, 8, 128, 14_336, 128_256, 131_072, rope_base=5e5, tied=False)
+TOKENS, CHUNK = 131_072, 2_048
+GIB = 2**30
+HALF = split_by_score([[0, 1] * 4] * 3, 0.5)
+
+
+def recipes(exact):
+    """`exact`: codec of the segments that are not quantised, None for the model's own type."""
+    plain = {} if exact is None else {"codec": exact}
+    return {
+        "dense": Recipe((Segment(**plain),)),
+        "int8": Recipe((Segment(codec=Int(8)),)),
+        "int4": Recipe((Segment(codec=Int(4)),)),
+        "kivi2": Recipe((chain(2),)),
+        "duo_int4": Recipe(duo(codec=Int(4))),
+        "sink_window": Recipe((Segment(policy=SinkWindow(4, TOKENS - 4), **plain),)),
+        "h2o": Recipe((Segment(policy=H2O(TOKENS), **plain),)),
+        "quest": Recipe((Segment(**plain),), Quest(1_024)),
+    }
+
+
+def shapes_of(config, dtype) -> Layers:
+    """The model's shapes without its weights."""
+    weights = {n: jax.ShapeDtypeStruct(s, dtype) for n, s in param_shapes(config).items()}
+
+    def block(i):
+        start = f"layers.{i}."
+        arrays = {n.removeprefix(start): w for n, w in weights.items() if n.startswith(start)}
+        return nnx.split(nnx.eval_shape(lambda: Block({n: jnp.zeros(w.shape, w.dtype) for n, w in arrays.items()})))
+
+    layers = tuple(block(i) for i in range(config.num_layers))
+    return Layers(config, weights["embed"], weights["norm"], weights["lm_head"], layers)
+
+
+def block_memory(recipe, phase, tokens, dtype, target):
+    """XLA's memory plan of the last layer's block for a step of `tokens` tokens."""
+    layers = shapes_of(LLAMA3_8B, dtype)
+    aux = HALF if any(c[0].heads != "all" for c in recipe.chains) else None
+    session = Session(layers, recipe, TOKENS, 0, aux=aux)
+    layer = LLAMA3_8B.num_layers - 1
+    cache = jax.eval_shape(lambda: session._empty(phase, layer))
+    x = jax.ShapeDtypeStruct((1, tokens, LLAMA3_8B.d_model), dtype)
+    pos = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    args, static = session.block_call(phase, layer, x, pos, cache)
+    return compile_for(target, block_program, args, static).memory_analysis()
