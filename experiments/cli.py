@@ -53,7 +53,7 @@ def run(name: str, main: Callable[[], None]) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
-            refuse(name, f"argument {argv[1]!r}; allowed are flags alone, such as --config=configs/dense.py")
+            refuse(name, f"argument {argv[1]!r}; allowed are flags alone, such as --model=smollm2-135m")
         try:
             main()
         except UserError as error:
@@ -77,6 +77,8 @@ def _parse(name: str, argv: Sequence[str]) -> list[str]:
         dashes = arg.lstrip("-") if arg.startswith("-") else ""
         if dashes.startswith("config."):
             key, equals, value = dashes.removeprefix("config.").partition("=")
+            if "config" not in flags.FLAGS:
+                refuse(name, f"--config.{key}: this command takes no config")
             if not equals:
                 refuse(name, f"--config.{key} needs a value: --config.{key}=VALUE")
             _changes[key] = value

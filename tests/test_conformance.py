@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lcx.attention import EMPTY
-from lcx.cache import Slots, Store, device_bytes
+from lcx.cache import Slots, Store, device_bytes, shape_bytes
 from lcx.codecs.exact import Exact
 from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import chain
@@ -119,7 +119,7 @@ CASES = {
     "tova": Case(limit=budget, small=budget(9)),
     "knorm": Case(limit=budget, small=budget(9), any_chunk=True),
     "snapkv": Case(limit=budget, small=both(fields(segments__0__compress__window=3), budget(9)), any_chunk=True),
-    "quest": Case(limit=budget, small=both(fields(pattern__page=4), budget(12)), any_chunk=True),
+    "quest": Case(limit=lambda n: budget(n + 4), small=both(fields(pattern__page=4), budget(12)), any_chunk=True),
     # the end of the prompt chooses what every query reads
     "minference": Case(
         limit=lambda n: fields(pattern__vertical=n), small=fields(pattern__vertical=30, pattern__slash=50), causal=False, prompt=200
@@ -471,7 +471,10 @@ def assert_holds(first, pos, length, since):
 def test_a_long_cache_is_written_in_place(name):
     """A copy of the cache would show in the scratch memory of the compiled step, which reads it tile by tile."""
     recipe = recipe_of(name, "small")
-    recipe = recipe_of(name, "limit", LONG) if recipe.has_budget and ALL[name].config is None else recipe
+    held = recipe.chains[0][0]
+    if held.compress is not None or isinstance(held.policy, Evict):
+        held = replace(held, compress=held.compress and replace(held.compress, budget=LONG), policy=held.policy.with_budget(LONG) or held.policy)
+        recipe = replace(recipe, segments=((held, *recipe.chains[0][1:]), *recipe.segments[1:]))
     session = session_of(name, recipe, prompt=LONG, batch=1)
     layer = TINY.num_layers - 1
     cache = jax.eval_shape(lambda: session._empty("decode", layer))
@@ -479,6 +482,5 @@ def test_a_long_cache_is_written_in_place(name):
     args, static = session.block_call("decode", layer, x, pos, cache)
     with optimisations(True):
         report = block_program.lower(*args, **static).compile().memory_analysis()
-    held_bytes = size_of(session, "decode") / TINY.num_layers
-    assert report.alias_size_in_bytes >= 0.99 * held_bytes
-    assert report.temp_size_in_bytes < held_bytes / 4
+    assert report.alias_size_in_bytes >= shape_bytes(cache)
+    assert report.temp_size_in_bytes < shape_bytes(cache) / 3

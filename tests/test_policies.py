@@ -208,10 +208,11 @@ class Case:
 
 
 def kept_positions(session, segment="all"):
-    """[L][B][K], each the positions held in ascending order."""
+    """[L][B][K], each the positions held in ascending order; no slot is left out on the way to the last one."""
     found = []
     for layer in session.cache:
         pos = np.asarray(layer[segment].pos)
+        assert ((pos[..., :-1] >= 0) | (pos[..., 1:] < 0)).all()
         pos = np.broadcast_to(pos, (pos.shape[0], TINY.num_kv_heads, pos.shape[2]))
         found.append([[np.sort(row[row >= 0]) for row in text] for text in pos])
     return found
@@ -328,7 +329,7 @@ def test_steps_after_a_cut_may_have_several_tokens():
     assert follows_rule(METHODS["snapkv"], BUDGET, Case((PROMPT, 11), seed=5, steps=(3, 1)))
 
 
-@pytest.mark.parametrize("name", ["sink_window", "tova", "h2o"])
+@pytest.mark.parametrize("name", ["sink_window", "tova"])
 def test_layers_with_a_window_of_their_own_follow_the_rule_too(name):
     method, case = METHODS[name], Case((PROMPT, 12), seed=6, steps=(), config=LOCAL)
     got, _ = run(method.recipe(BUDGET), case)
@@ -426,8 +427,7 @@ def test_snapkv_keeps_prompts_that_are_shorter_than_its_window():
 def test_more_slots_than_the_budget_change_nothing():
     segment = METHODS["tova"].recipe(BUDGET).chains[0][0]
     roomy = replace(METHODS["tova"], recipe=lambda n: Recipe((replace(segment, slots=n + 4),)))
-    assert follows_rule(roomy, BUDGET, Case((PROMPT, 5), seed=16))
-    assert follows_rule(roomy, BUDGET, Case((BUDGET + 2, 3), 1, seed=17))
+    assert follows_rule(roomy, BUDGET, Case((PROMPT, 5), 1, seed=16))
 
 
 def test_a_window_may_follow_snapkv():

@@ -55,8 +55,9 @@ def split_by_score(scores, streaming: float) -> Aux:
 class HeadSplit(AuxSource):
     """Which KV heads are retrieval heads, from scores that were measured once per model.
 
-    The splits that lcx ships are found by the model's own name, `ModelConfig.name`.  They rank by attention mass
-    (`lcx.measure.head_mass`), not by the paper's trained gates.
+    The splits that lcx ships are found by the model's own name, `ModelConfig.name`.  They rank by attention mass on plain
+    text (`lcx.measure.head_mass`), not by the paper's trained gates: SmolLM2 at 0.5 keeps its likelihood (NLL + 0.03 a
+    token over 2,048), but copies a passage of 1,024 tokens ago no better than with random heads.
 
     Args:
       streaming: fraction of all KV heads of the model that stream, 0 to 1; the paper has 0.5 with GQA, 0.75 without.

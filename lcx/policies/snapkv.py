@@ -47,8 +47,9 @@ class SnapKV(Compress):
         return self.window
 
     def score(self, ctx, held):
-        lse = attend(ctx.q, held.source, ctx.pos, scale=ctx.scale, softcap=ctx.softcap).lse
-        votes = mass(ctx.q, held.source, ctx.pos, lse, scale=ctx.scale, softcap=ctx.softcap)
+        settings = {"scale": ctx.scale, "allow": ctx.allow, "softcap": ctx.softcap}
+        lse = attend(ctx.q, held.source, ctx.pos, **settings).lse
+        votes = mass(ctx.q, held.source, ctx.pos, lse, **settings)
         first = ctx.last_pos[:, None, None] - self.window + 1
         in_window = held.pos >= first
         votes = jnp.where(in_window[:, :, None] | (held.pos == EMPTY)[:, :, None], 0.0, votes)

