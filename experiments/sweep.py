@@ -71,7 +71,7 @@ def main() -> None:
             progress.advance(task)
 
         rows = run(model, todo, workdir, on_row)
-    wide = Console(highlight=False, width=max(console.width, 120))
+    wide = Console(highlight=False, width=max(console.width, 132))
     wide.print(show.table(rows, f"{model.name}, {FLAGS.dtype}, text {sweep.text}"))
     console.print(show.notes(rows), markup=False)
     show.figure(rows, workdir / "sweep.png")

@@ -125,6 +125,21 @@ def _stores(chain: Chain, head_dim: int, dtype) -> list[Store]:
     return [Store(s.codec, head_dim, dtype) for s in chain]
 
 
+def _with_mask(ctx: Ctx, pattern: Pattern) -> Ctx:
+    """`ctx` with what pattern and model window let a query see."""
+    if type(pattern).allow is Pattern.allow and ctx.window is None:
+        return replace(ctx, allow=None)
+
+    def allow(q_pos, kv_pos):
+        mask = pattern.allow(ctx, q_pos, kv_pos)
+        if ctx.window is None:
+            return mask
+        near = q_pos - kv_pos < ctx.window
+        return near if mask is None else mask & near
+
+    return replace(ctx, allow=allow)
+
+
 def _chain_attention(ctx: Ctx, recipe: Recipe, chain: Chain, stores, cache) -> tuple[Partial, Ctx, list]:
     """Merged attention of one chain; `ctx` comes back as it was rotated, with the positions that each segment's keys took."""
     pattern = recipe.pattern
@@ -137,16 +152,8 @@ def _chain_attention(ctx: Ctx, recipe: Recipe, chain: Chain, stores, cache) -> t
             ctx, q=ctx.rotate(ctx.q_raw, q_pos[:, None, None], -1), k=ctx.rotate(ctx.k_raw, own_pos[:, None], -1)
         )
 
-    def allow(q_pos, kv_pos):
-        mask = pattern.allow(ctx, q_pos, kv_pos)
-        if ctx.window is None:
-            return mask
-        near = q_pos - kv_pos < ctx.window
-        return near if mask is None else mask & near
-
-    selective = type(pattern).allow is not Pattern.allow
-    masked = selective or ctx.window is not None
-    ctx = replace(ctx, allow=allow if masked else None)
+    ctx = _with_mask(ctx, pattern)
+    selective, masked = type(pattern).allow is not Pattern.allow, ctx.allow is not None
 
     def reach(bounds):
         some, every = jnp.ones((), bool), jnp.ones((), bool)
@@ -291,7 +298,8 @@ def repack(ctx: Ctx, old_recipe: Recipe, recipe: Recipe, cache, empty, heads: di
         old = Store(old_chain[0].codec, head_dim, dtype)
         raw = _is_raw(old_recipe, old)
         held = Held(slots, held_source(old, slots, here.rotate if raw else None), old)
-        new = _choose(first.compress, here, held, old)
+        # the probe votes with what it saw
+        new = _choose(first.compress, _with_mask(here, old_recipe.pattern), held, old)
         stores = _stores(chain, head_dim, dtype)
         blank = [Held(empty[s.name], held_source(st, empty[s.name]), st) for s, st in zip(chain, stores, strict=True)]
         result |= _write_chain(here, recipe, chain, stores, blank, new)

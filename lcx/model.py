@@ -108,14 +108,17 @@ def _rotation(config: ModelConfig, local: bool):
     return lambda x, pos, axis=-1: rotate(x, pos, inverse, axis)
 
 
+def _per_head(config: ModelConfig, aux) -> dict[str, jax.Array]:
+    """The method's arrays of this layer, one entry a query head, as [K,G]."""
+    return {n: jnp.asarray(a).reshape(config.num_kv_heads, config.group) for n, a in aux.get("per_head", {}).items()}
+
+
 def run_block(w, x, pos, cache, aux, *, config: ModelConfig, recipe: Recipe, local: bool):
     """One layer: x [B,T,E] -> (x, cache).  `w` name -> weight; `aux` the layer's arrays; `recipe` of this phase and layer."""
     q, k_raw, v = _enter(w, config, x)
     q_raw = split_heads(q, config.num_kv_heads)
     k_raw, v = k_raw.swapaxes(1, 2), v.swapaxes(1, 2)
     turn = _rotation(config, local)
-    K, G = config.num_kv_heads, config.group
-    per_head = {n: jnp.asarray(a).reshape(K, G) for n, a in aux.get("per_head", {}).items()}
     ctx = Ctx(
         q=turn(q_raw, pos[:, None, None]),
         q_raw=q_raw,
@@ -125,7 +128,7 @@ def run_block(w, x, pos, cache, aux, *, config: ModelConfig, recipe: Recipe, loc
         pos=pos,
         scale=config.scale,
         rotate=turn,
-        per_head=per_head,
+        per_head=_per_head(config, aux),
         window=config.window if local else None,
     )
     out, cache = attention(ctx, recipe, cache, aux.get("heads", {}))
@@ -142,7 +145,18 @@ def run_repack(cache, empty, aux, *, config: ModelConfig, recipe: Recipe, old_re
         q = jnp.zeros((batch, config.num_kv_heads, config.group, 1, config.head_dim), dtype)
         pos = jnp.max(slots.pos, axis=(1, 2))[:, None] if slots.pos.shape[1] else jnp.full((batch, 1), EMPTY)
     blank = jnp.zeros((batch, config.num_kv_heads, pos.shape[1], config.head_dim), dtype)
-    ctx = Ctx(q=q, q_raw=q, k=blank, k_raw=blank, v=blank, pos=pos, scale=config.scale, rotate=_rotation(config, local))
+    ctx = Ctx(
+        q=q,
+        q_raw=q,
+        k=blank,
+        k_raw=blank,
+        v=blank,
+        pos=pos,
+        scale=config.scale,
+        rotate=_rotation(config, local),
+        per_head=_per_head(config, aux),
+        window=config.window if local else None,
+    )
     return repack(ctx, old_recipe, recipe, cache, empty, aux.get("heads", {}))
 
 

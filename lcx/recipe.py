@@ -205,6 +205,11 @@ class Recipe:
             for s in chain:
                 if s.compress is not None and s is not chain[0]:
                     raise UserError(f"compress of segment {s.name!r}: only the first segment of a chain can have one")
+                if chain[0].compress is not None and (s.policy.state or s.policy.all_heads):
+                    raise UserError(
+                        f"{type(s.policy).__name__} ranks by attention that {type(chain[0].compress).__name__} does not keep; "
+                        "take one of them"
+                    )
                 if s.policy.all_heads and s.heads != "all":
                     raise UserError(
                         f"{type(s.policy).__name__} keeps one set for the layer; heads={s.heads!r} must be 'all'"

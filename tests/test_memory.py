@@ -4,7 +4,6 @@ One block and the logits of the last token are the programs of a step.  The cach
 0.5 GiB more a layer in bfloat16.
 """
 
-import math
 from functools import cache
 
 import jax
@@ -12,14 +11,14 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from lcx.cache import shape_bytes
 from lcx.codecs.exact import Cast
 from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import chain
 from lcx.config import ModelConfig, param_shapes
 from lcx.errors import UserError
-from lcx.measure.gpu_targets import TARGETS, abstract, compile_device, compile_for, gpu_target
-from lcx.model import Block, Layers, logits_program
-from lcx.model import block_program
+from lcx.measure.gpu_targets import compile_device, compile_for, gpu_target
+from lcx.model import Block, Layers, block_program, logits_program
 from lcx.patterns.quest import Quest
 from lcx.policies.duo import duo, split_by_score
 from lcx.policies.h2o import H2O
@@ -73,3 +72,68 @@ def block_memory(recipe, phase, tokens, dtype, target):
     pos = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     args, static = session.block_call(phase, layer, x, pos, cache)
     return compile_for(target, block_program, args, static).memory_analysis()
+
+
+def logits_memory(dtype, target):
+    """XLA's memory plan of the logits of one token."""
+    layers = shapes_of(LLAMA3_8B, dtype)
+    x = jax.ShapeDtypeStruct((1, LLAMA3_8B.d_model), dtype)
+    args = (x, layers.norm, layers.head)
+    static = {"eps": LLAMA3_8B.norm_eps, "tied": False}
+    return compile_for(target, logits_program, args, static).memory_analysis()
+
+
+@cache
+def h200():
+    target = gpu_target("h200")
+    try:
+        compile_device(target)
+    except UserError as error:
+        pytest.skip(str(error))
+    return target
+
+
+def check(recipe, phase, tokens, dtype, target, gib):
+    plan = block_memory(recipe, phase, tokens, dtype, target)
+    # the donated cache is written in place: all of it is both argument and result
+    assert plan.alias_size_in_bytes > 0.9 * cache_bytes(recipe, phase, dtype)
+    assert plan.temp_size_in_bytes <= gib * GIB, f"{plan.temp_size_in_bytes / GIB:.3f} GiB"
+
+
+@cache
+def cache_bytes(recipe, phase, dtype):
+    """Of the layer that `block_memory` compiles."""
+    aux = HALF if any(c[0].heads != "all" for c in recipe.chains) else None
+    layer = LLAMA3_8B.num_layers - 1
+    sizes = recipe.capacities(phase, TOKENS, 0)
+    make = lambda: recipe.init_layer(LLAMA3_8B, layer, phase, sizes, aux, 1, dtype)  # noqa: E731
+    return shape_bytes(jax.eval_shape(make))
+
+
+DEFAULT = ("dense", "duo_int4")
+NAMES = [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in recipes(None)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decode_on_an_h200_needs_little_beside_the_cache(name):
+    check(recipes(None)[name], "decode", 1, jnp.bfloat16, h200(), 0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chunk_on_an_h200_needs_little_beside_the_cache(name):
+    check(recipes(None)[name], "prefill", CHUNK, jnp.bfloat16, h200(), 0.4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decode_on_a_cpu_needs_little_beside_the_cache(name):
+    check(recipes(Cast("bfloat16"))[name], "decode", 1, jnp.float32, None, 0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chunk_on_a_cpu_needs_little_beside_the_cache(name):
+    check(recipes(Cast("bfloat16"))[name], "prefill", CHUNK, jnp.float32, None, 0.75)
+
+
+def test_logits_of_the_last_token_need_no_copy_of_the_head():
+    assert logits_memory(jnp.bfloat16, h200()).temp_size_in_bytes <= 0.05 * GIB
+    assert logits_memory(jnp.float32, None).temp_size_in_bytes <= 0.1 * GIB

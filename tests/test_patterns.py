@@ -14,7 +14,7 @@ from naive_model import Held as Memory
 from naive_model import NaiveModel, activation, rms, turn
 from test_model import ATOL, LLAMA, text, weights_of
 
-from lcx.cache import Edit, Held, Store, Tokens
+from lcx.cache import Held, Store, Tokens
 from lcx.codecs.exact import Exact
 from lcx.codecs.int_token import Int
 from lcx.errors import UserError
@@ -143,7 +143,7 @@ def quest_pages(queries, keys, pattern, distance=None, window=None):
     if pattern.group_reduce == "max":
         bounds[:] = bounds.max(0)
     if window is not None:
-        near = np.array([distance[i : i + page].min() < window for i in starts])
+        near = np.array([distance[i : i + page].min() < window for i in starts], bool)
         bounds[:, ~near] = -np.inf
     wanted = min(max(pattern.budget // page, 3), len(starts))
     found = []
@@ -171,14 +171,14 @@ def quest_rule(pattern):
 
 
 QUEST = Quest(budget=14, page=4, dense_layers=0)
+STEPS = [1] * 6 + [3, 3] + [1] * 3
 
 
 @pytest.mark.parametrize("dirty", [False, True])
 def test_quest_equals_a_decoder_that_reads_the_chosen_pages(dirty):
     """Chunks and steps that straddle pages, steps of three tokens that also read each other, texts of different lengths."""
-    steps = [1] * 6 + [3, 3] + [1] * 3
     recipe = Recipe(pattern=QUEST)
-    session, rows = follow(recipe, quest_rule(QUEST), [21, 37], steps, prompt=37, schedule=Chunked(13), dirty=dirty)
+    session, rows = follow(recipe, quest_rule(QUEST), [21, 37], STEPS, prompt=37, schedule=Chunked(13), dirty=dirty)
     # the extremes of every page are those of the keys that it holds
     for layer, head, b in np.ndindex(CONFIG.num_layers, K, 2):
         keys = rows[b].held[layer][head].key
@@ -187,13 +187,13 @@ def test_quest_equals_a_decoder_that_reads_the_chosen_pages(dirty):
             state = session.cache[layer]["all"].state
             np.testing.assert_allclose(state["page_min"][b, head, :, p], page.min(0), atol=ATOL)
             np.testing.assert_allclose(state["page_max"][b, head, :, p], page.max(0), atol=ATOL)
-    assert session.cache_bytes == recipe.bytes(CONFIG, 37, sum(steps), batch=2)
+    assert session.cache_bytes == recipe.bytes(CONFIG, 37, sum(STEPS), batch=2)
 
 
 def test_quest_without_choice_misses_what_the_oracle_misses():
     """The rule matters: a decoder that reads everything is somewhere else."""
     with pytest.raises(AssertionError):
-        follow(Recipe(pattern=QUEST), lambda naive, phase: None, [21, 37], [1] * 11, prompt=37, schedule=Chunked(13))
+        follow(Recipe(pattern=QUEST), lambda naive, phase: None, [21, 37], STEPS, prompt=37, schedule=Chunked(13))
 
 
 def test_quest_leaves_the_first_layers_dense():
@@ -439,11 +439,11 @@ def test_minference_reads_everything_at_its_exact_limits(pattern, T):
 
 def test_minference_lists_have_room_for_the_worst_case():
     """Columns that lie outside of every diagonal: with as many keys as the static width of the list allows, none is dropped."""
-    for T, pattern in ((600, MInference(300, 101)), (600, MInference(1, 102)), (7_000, MInference(6_490, 1))):
+    for T, pattern in ((640, MInference(300, 101)), (640, MInference(1, 102)), (7_040, MInference(6_490, 1))):
         k = np.where(np.arange(T) < T - 170, 1.0, -3.0)[:, None] * np.ones(4)
         k[:-170] += 1e-2 * np.random.default_rng(0).normal(size=(T - 170, 4))
         index, count = assert_reads(pattern, T, (T,), q=np.full((1, 1, 1, T, 4), 2.0), k=k[None, None])
-        assert int(count[..., -1].max()) >= max(pattern.vertical, 30) + 162 - 64
+        assert int(count[..., -1].max()) >= max(pattern.vertical, 30) + 163
 
 
 def minference_rule(sizes):

@@ -596,3 +596,23 @@ def test_a_budget_of_a_shape_counts_sinks_and_a_recipe_without_budget_refuses_on
     for name in ("keep_all", "flush"):
         with pytest.raises(UserError, match="budget"):
             METHODS[name].recipe(20).with_budget(BUDGET)
+
+
+def test_snapkv_votes_with_the_window_of_the_model():
+    case = Case((PROMPT, 30), seed=30, config=replace(LOCAL, window=12))
+    assert follows_rule(METHODS["snapkv"], BUDGET, case)
+
+
+def test_snapkv_votes_with_the_mask_of_the_pattern():
+    case = Case((PROMPT, 30), seed=31)
+    got = run(Recipe((Segment(compress=SnapKV(BUDGET, window=3)),), AShape(2, 12)), case)
+    for row in range(2):
+        keep = Keep(METHODS["snapkv"].rule, BUDGET)
+        near = lambda q, k: (k < 2) | (q - k < 12)  # noqa: E731
+        assert_equal(got, run_oracle(case, row, keep, keep_everything, allow=near), row)
+
+
+@pytest.mark.parametrize("policy", [TOVA(BUDGET), H2O(BUDGET)])
+def test_policies_that_need_attention_are_refused_after_a_cut(policy):
+    with pytest.raises(UserError, match="SnapKV does not keep; take one"):
+        Recipe((Segment(policy=policy, compress=SnapKV(BUDGET, window=3)),))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+
+
+def device_name() -> str:
+    """What times were measured on: the device's kind, with the number of cores for a CPU."""
+    kind = jax.devices()[0].device_kind
+    return f"{kind}, {os.cpu_count()} cores" if jax.default_backend() == "cpu" else kind
 
 
 def timed(call: Callable):

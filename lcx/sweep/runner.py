@@ -22,7 +22,7 @@ from lcx import texts
 from lcx.errors import UserError
 from lcx.loading import Pretrained
 from lcx.measure import memory
-from lcx.measure.latency import summary, timed
+from lcx.measure.latency import device_name, summary, timed
 from lcx.measure.quality import continue_session, divergence, make_session, token_nll
 from lcx.sweep.points import Point
 from lcx.sweep.store import Store
@@ -84,7 +84,7 @@ def measure(model: Pretrained, point: Point, ids: np.ndarray, dense_x: jax.Array
         "nll": float(nll.mean(dtype=np.float64)),
         "kl": kl,
         "top1_agreement": top1,
-        "device": jax.devices()[0].device_kind,
+        "device": device_name(),
     }
     for name, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -195,7 +195,7 @@ def write_run(workdir: Path, model: Pretrained, points: list[Point]) -> None:
         "argv": sys.argv,
         "git": git.stdout.strip() or None,
         "versions": {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()},
-        "device": jax.devices()[0].device_kind,
+        "device": device_name(),
         "model": {"name": model.name, "sha256": model.sha256, "config": dataclasses.asdict(model.config)},
         "text": {"name": points[0].text, "sha256": texts.TEXTS[points[0].text].sha256},
         "points": {p.key: repr(p) for p in points},

@@ -49,7 +49,7 @@ COLUMNS = (
 
 def table(rows: list[tuple[Point, dict[str, Any]]], title: str) -> Table:
     """All rows, grouped by length."""
-    result = Table(title=escape(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    result = Table(title=escape(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name, _ in COLUMNS:
         result.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     before = None
@@ -79,32 +79,41 @@ def figure(rows: list[tuple[Point, dict[str, Any]]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter, NullLocator
 
     methods = list(dict.fromkeys(p.method for p, _ in rows))
     longest = max(p.length for p, _ in rows)
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
     markers = "osD^v<>PX*hd"
     for i, method in enumerate(methods):
         mine = [(p, r) for p, r in rows if p.method == method]
-        style = {"color": f"C{i % 10}", "marker": markers[i % len(markers)], "label": method, "markersize": 5}
+        style = {"color": f"C{i % 10}", "marker": markers[i % len(markers)], "markersize": 6}
         lengths = [p.length for p, _ in mine]
-        left.plot(lengths, [r["cache_bytes"] / MIB for _, r in mine], **style)
+        left.plot(lengths, [r["cache_bytes"] / MIB for _, r in mine], label=method, **style)
         middle.plot(lengths, [_float(r["decode_s"]) * 1e3 for _, r in mine], **style)
         for p, r in mine:
-            if p.length == longest:
-                right.plot([r["cache_bytes"] / MIB], [_float(r["nll_minus_dense"])], linestyle="none", **style)
-                place = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
-                right.annotate(method, (r["cache_bytes"] / MIB, _float(r["nll_minus_dense"])), **place)
+            if p.length == longest and r["kl"]:
+                right.plot([r["cache_bytes"] / MIB], [r["kl"]], linestyle="none", **style)
+                place = {"xytext": (7, -3), "textcoords": "offset points", "fontsize": 8}
+                right.annotate(method, (r["cache_bytes"] / MIB, r["kl"]), **place)
+            elif p.length == longest:
+                right.axvline(r["cache_bytes"] / MIB, color=style["color"], linestyle=":", label=f"{method}: 0")
+    ticks = sorted({p.length for p, _ in rows})
     for axes, what in ((left, "KV cache, MiB"), (middle, "decode, ms a token")):
-        axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel=what)
-        ticks = sorted({p.length for p, _ in rows})
+        axes.set(xscale="log", xlabel="context, tokens", ylabel=what)
         axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
+    left.set_yscale("log")
+    middle.set_ylim(bottom=0)
+    right.set(xscale="log", yscale="log", xlabel=f"KV cache at {longest:,} tokens, MiB", ylabel="KL(dense || method), nats a token")
+    right.legend(fontsize=8)
+    for axis in (left.yaxis, right.xaxis, right.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-    right.set(xscale="log", xlabel=f"KV cache at {longest:,} tokens, MiB", ylabel="NLL above dense, nats a token")
-    right.set_yscale("symlog", linthresh=0.01)
-    right.grid(alpha=0.3)
-    left.legend(fontsize=8)
+        axes.margins(x=0.12)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=10, fontsize=9, frameon=False)
     title = f"{rows[0][0].model}, {rows[0][0].dtype}, {rows[0][1]['device']}"
     fig.suptitle(title, fontsize=10)
     fig.savefig(path, dpi=110)
