@@ -19,7 +19,9 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     cli.define_flags("configs/smollm2_quick.py")
-    flags.DEFINE_string("lengths", None, "Context lengths in tokens, such as 512,1024,2048; the default is the config's.")
+    flags.DEFINE_string(
+        "lengths", None, "Context lengths in tokens, such as 512,1024,2048; the default is the config's."
+    )
     flags.DEFINE_string("workdir", None, "Where rows go; the default is runs/NAME-HASH.")
 
 
@@ -61,7 +63,13 @@ def main() -> None:
     from lcx.sweep.runner import run
 
     console = Console(highlight=False)
-    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bars = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*bars, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("points", total=len(todo))
 

@@ -26,7 +26,21 @@ _HOME = {
     "score_continuation": "lcx.measure.quality",
     "UserError": "lcx.errors",
 }
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604, strings of a dict
+__all__ = [
+    "Experiment",
+    "Pretrained",
+    "Recipe",
+    "Segment",
+    "Session",
+    "Sweep",
+    "UserError",
+    "__version__",
+    "generate",
+    "load",
+    "load_config",
+    "score_continuation",
+    "score_text",
+]
 
 if TYPE_CHECKING:
     from lcx.config_files import load_config

@@ -283,7 +283,9 @@ class Recipe:
           UserError: the recipe has no budget, or more than one.
         """
         if not self.has_budget:
-            raise UserError(f"budget={budget}: this recipe keeps all tokens or has several budgets; it takes no --budget or --keep_ratio")
+            raise UserError(
+                f"budget={budget}: this recipe keeps all tokens or has several budgets; it takes no --budget or --keep_ratio"
+            )
         chains: list[Chain] = []
         for chain in self.chains:
             first = chain[0]

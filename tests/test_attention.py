@@ -230,7 +230,9 @@ POISON_CASE = Case(9, 20, 4, 8, B=2, R=2, G=3)
 @pytest.mark.parametrize("place", ["empty", "future", "outside_window"])
 def test_garbage_in_slots_that_a_row_cannot_see_does_not_touch_it(garbage, place):
     q, k, v, q_pos, kv_pos = make(POISON_CASE, 3, holes=0.3, offset=6)
-    hidden = {"empty": kv_pos == EMPTY, "future": kv_pos > 10, "outside_window": (kv_pos != EMPTY) & (kv_pos < 4)}[place]
+    hidden = {"empty": kv_pos == EMPTY, "future": kv_pos > 10, "outside_window": (kv_pos != EMPTY) & (kv_pos < 4)}[
+        place
+    ]
     assert hidden.any()
     k_bad, v_bad = (jnp.where(hidden[..., None], garbage, x) for x in (k, v))
     run = attend_program(POISON_CASE, held=True, with_reach=True)
@@ -254,7 +256,9 @@ def near_mask(window):
 @pytest.mark.parametrize("window", [7, 1_000])
 def test_visible_nan_gives_nan(what, window):
     q, k, v, q_pos, kv_pos = make(POISON_CASE, 3, offset=30, padding=False)
-    kv_pos = kv_pos + 15  # every slot is before every query: the whole walk goes without masks where the window allows it
+    kv_pos = (
+        kv_pos + 15
+    )  # every slot is before every query: the whole walk goes without masks where the window allows it
     q_pos = q_pos + 5
     bad = kv_pos == 34
     k, v = (jnp.where(bad[..., None], np.nan, x) if what == n else x for n, x in (("k", k), ("v", v)))

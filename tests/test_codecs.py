@@ -578,7 +578,8 @@ def test_garbage_where_no_token_is_does_not_matter(name):
         for s in RECIPES[name].chains[0]:
             segments[s.name] = poison(segments[s.name], s.codec, config.head_dim)
     for token in tokens[22:]:
-        np.testing.assert_array_equal(clean.step([token]), dirty.step([token]))
+        # a hidden nan makes attention sum once more without it, in another order
+        np.testing.assert_allclose(clean.step([token]), dirty.step([token]), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])

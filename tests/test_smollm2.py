@@ -47,7 +47,11 @@ def dense():
 
 @pytest.mark.parametrize(
     ("tokens", "perplexity"),
-    [(512, 16.52), (1_024, 18.13), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((2_048, 17.79), (4_096, 18.64)))],
+    [
+        (512, 16.52),
+        (1_024, 18.13),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((2_048, 17.79), (4_096, 18.64))),
+    ],
 )
 def test_perplexity_of_the_novel_is_the_published_one(model, novel, tokens, perplexity):
     score = score_text(model.layers, dense(), novel[:tokens])

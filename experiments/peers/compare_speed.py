@@ -43,7 +43,9 @@ class Peer:
                 text=True,
             )
         except OSError as error:
-            raise UserError(f"peer_python={python!r} cannot be run: {error.strerror}; see experiments/peers/README.md") from None
+            raise UserError(
+                f"peer_python={python!r} cannot be run: {error.strerror}; see experiments/peers/README.md"
+            ) from None
         self.versions = self.answer()
 
     def answer(self) -> dict:
@@ -118,7 +120,10 @@ def main() -> None:
         ratio = float(np.median(mine) / np.median(theirs[best]))
         rows[name] = {"lcx_s": mine, "peer_s": theirs[best], "peer": best, "ratio": ratio}
         spread = lambda x: f"{np.median(x):.4f} s ({min(x):.4f} to {max(x):.4f})"  # noqa: E731
-        print(f"{name:<15} lcx {spread(mine)}  transformers {spread(theirs[best])} [{best}]  lcx / transformers {ratio:.2f}", flush=True)
+        print(
+            f"{name:<15} lcx {spread(mine)}  transformers {spread(theirs[best])} [{best}]  lcx / transformers {ratio:.2f}",
+            flush=True,
+        )
     if FLAGS.out:
         versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib")} | peer.versions
         record = {"cpus": os.cpu_count(), "machine": platform.machine(), "versions": versions, "rows": rows}

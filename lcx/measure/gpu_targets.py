@@ -67,53 +67,18 @@ class GpuTarget:
         platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }} device_description_str: "{self.name}" """
 
 
-_HOPPER = dict(capability=(9, 0), cores=132, fpus_per_core=128, threads_per_core=2_048, clock_ghz=1.98, bf16_flops=989e12)
-_HOPPER |= dict(shared_bytes=233_472, shared_optin_bytes=232_448)
-_GEFORCE = dict(fpus_per_core=128, threads_per_core=1_536, shared_bytes=102_400, shared_optin_bytes=101_376)
-
-TARGETS = {
-    t.name: t
-    for t in (
-        GpuTarget("h200", bandwidth=4.8e12, l2_bytes=60 * MIB, memory_bytes=143_771 * MIB, **_HOPPER),
-        GpuTarget("h100", bandwidth=3.35e12, l2_bytes=50 * MIB, memory_bytes=81_559 * MIB, **_HOPPER),
-        GpuTarget(
-            "a100", (8, 0), 108, 64, 2_048, 167_936, 166_912, 2.039e12, 40 * MIB, 1.41, 81_920 * MIB, bf16_flops=312e12
-        ),
-        GpuTarget(
-            "rtx4090",
-            (8, 9),
-            128,
-            bandwidth=1.008e12,
-            l2_bytes=72 * MIB,
-            clock_ghz=2.52,
-            memory_bytes=24_564 * MIB,
-            bf16_flops=165e12,
-            **_GEFORCE,
-        ),
-        GpuTarget(
-            "rtx3090",
-            (8, 6),
-            82,
-            bandwidth=0.936e12,
-            l2_bytes=6 * MIB,
-            clock_ghz=1.70,
-            memory_bytes=24_576 * MIB,
-            bf16_flops=71e12,
-            **_GEFORCE,
-        ),
-        GpuTarget(
-            "l40s",
-            (8, 9),
-            142,
-            bandwidth=0.864e12,
-            l2_bytes=96 * MIB,
-            clock_ghz=2.52,
-            memory_bytes=46_068 * MIB,
-            bf16_flops=362e12,
-            **_GEFORCE,
-        ),
-    )
+# capability, cores, float32 units and threads a core, shared memory of a core and a block, bandwidth, L2, clock, memory, bfloat16 FLOP/s
+# fmt: off
+_TABLE = {
+    "h200": ((9, 0), 132, 128, 2_048, 233_472, 232_448, 4.8e12, 60 * MIB, 1.98, 143_771 * MIB, 989e12),
+    "h100": ((9, 0), 132, 128, 2_048, 233_472, 232_448, 3.35e12, 50 * MIB, 1.98, 81_559 * MIB, 989e12),
+    "a100-80gb": ((8, 0), 108, 64, 2_048, 167_936, 166_912, 2.039e12, 40 * MIB, 1.41, 81_920 * MIB, 312e12),
+    "rtx4090": ((8, 9), 128, 128, 1_536, 102_400, 101_376, 1.008e12, 72 * MIB, 2.52, 24_564 * MIB, 165e12),
+    "rtx3090": ((8, 6), 82, 128, 1_536, 102_400, 101_376, 0.936e12, 6 * MIB, 1.70, 24_576 * MIB, 71e12),
+    "l40s": ((8, 9), 142, 128, 1_536, 102_400, 101_376, 0.864e12, 96 * MIB, 2.52, 46_068 * MIB, 362e12),
 }
+# fmt: on
+TARGETS = {name: GpuTarget(name, *row) for name, row in _TABLE.items()}
 
 
 def gpu_target(name: str) -> GpuTarget:

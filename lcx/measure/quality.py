@@ -68,9 +68,11 @@ def token_nll(layers: Layers, x: jax.Array, targets) -> np.ndarray:
 
 def divergence(layers: Layers, reference: jax.Array, x: jax.Array) -> tuple[float, float]:
     """(mean KL(dense || method) in nats, share of tokens whose most likely next token is dense's) from residual streams [N,E]."""
-    both = lambda rows: jnp.stack(
-        [jnp.asarray(v, jnp.float32) for v in _divergence(layers.logits(reference[rows]), layers.logits(x[rows]))]
-    )  # noqa: E731
+
+    def both(rows):
+        kl, same = _divergence(layers.logits(reference[rows]), layers.logits(x[rows]))
+        return jnp.stack([kl, same.astype(jnp.float32)])
+
     kl, same = _by_rows(both, x.shape[0])
     return float(kl.mean(dtype=np.float64)), float(same.mean())
 

@@ -45,7 +45,9 @@ class Point:
         for phase in ("prefill", "decode"):
             self.experiment.recipe.capacities(phase, self.prompt, self.new_tokens)
         if self.experiment.recipe.one_shot and len(self.experiment.schedule.steps(self.prompt)) > 1:
-            raise UserError(f"{self.method} needs the whole prompt at once; schedule {self.experiment.schedule} cuts it")
+            raise UserError(
+                f"{self.method} needs the whole prompt at once; schedule {self.experiment.schedule} cuts it"
+            )
 
 
 def load_experiments(sweep: Sweep) -> dict[str, Experiment]:

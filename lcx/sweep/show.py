@@ -49,7 +49,14 @@ COLUMNS = (
 
 def table(rows: list[tuple[Point, dict[str, Any]]], title: str) -> Table:
     """All rows, grouped by length."""
-    result = Table(title=escape(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    result = Table(
+        title=escape(title),
+        title_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for name, _ in COLUMNS:
         result.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     before = None
@@ -65,7 +72,8 @@ def notes(rows: list[tuple[Point, dict[str, Any]]]) -> str:
     """What the columns count."""
     point, row = rows[0]
     return (
-        f"prompt = tokens - {point.continuation}; quality: NLL of the {point.continuation} tokens after it, nats; KL(dense || method), nats.  "
+        f"prompt = tokens - {point.continuation}; quality: NLL of the {point.continuation} tokens after it and "
+        "KL(dense || method), nats.  "
         f"Times measured on {row['device']}: one prefill a row, compiled ahead; decode: median of {row['decode_n']} steps.  "
         f"cache: device bytes of all arrays, room for {point.new_tokens} tokens after the prompt included.  "
         "peak: weights + caches + XLA's scratch, predicted by the compiled programs; RSS: peak of the "
@@ -105,7 +113,12 @@ def figure(rows: list[tuple[Point, dict[str, Any]]], path: Path) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
     left.set_yscale("log")
     middle.set_ylim(bottom=0)
-    right.set(xscale="log", yscale="log", xlabel=f"KV cache at {longest:,} tokens, MiB", ylabel="KL(dense || method), nats a token")
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel=f"KV cache at {longest:,} tokens, MiB",
+        ylabel="KL(dense || method), nats a token",
+    )
     right.legend(fontsize=8)
     for axis in (left.yaxis, right.xaxis, right.yaxis):
         axis.set_major_formatter("{x:g}")
