@@ -20,8 +20,8 @@ EMPTY = -1  # position of a slot that holds no token
 FAR = 2**30  # above every position
 BIG = 1e30  # finite stand-in for infinity: -inf minus -inf is nan
 
-# measured on 2 CPU cores at T = 4,096, D = 64: 256 x 512 with masks on the diagonal only is the fastest pair (docs/design.md)
-Q_TILE, KV_TILE = 256, 512
+# measured on 2 CPU cores, D = 64: 256 x 512 is as fast at T = 4,096 and takes 1.6 times as long at T = 512 (docs/design.md)
+Q_TILE, KV_TILE = 256, 256
 # a step of fewer queries is a decode step: it reads longer tiles, or all keys at once where that makes no copy and few logits
 DECODE_QUERIES, DECODE_KV_TILE, DECODE_LOGITS = 16, 2_048, 2**21
 
@@ -192,7 +192,7 @@ def attend(
       allow: which visible keys a query may read, by position; None: all.
       reach: bounds of `allow` over a tile, so that whole tiles are skipped or unmasked; None: every tile is masked.
       softcap: logits become softcap * tanh(logits / softcap).
-      q_tile, kv_tile: tile sizes in tokens; the default of `kv_tile` is 512, or 2,048 for fewer than 16 queries.
+      q_tile, kv_tile: tile sizes in tokens; the default of `kv_tile` is 256, or 2,048 for fewer than 16 queries.
 
     Returns:
       Partial over the R rows.

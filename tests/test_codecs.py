@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from naive_model import Held as Memory
 from naive_model import NaiveModel
@@ -628,7 +628,8 @@ def write_program(name):
 
 
 @pytest.mark.parametrize("name", CHAINS)
-@settings(max_examples=10)
+# shrinking a failure would take minutes
+@settings(max_examples=10, phases=[Phase.generate])
 @given(
     widths=st.lists(st.sampled_from([1, 3, 10]), min_size=4, max_size=14),
     real=st.lists(st.tuples(*[st.floats(0, 1)] * 2), min_size=14, max_size=14),
@@ -717,7 +718,7 @@ def test_tiles_that_overlap_read_the_right_scales(codec, queries):
         (lambda: Int(8, group_size=64), "group_size=64 .* only 2 and 4 bits have groups"),
         (lambda: Kivi(8), "bits=8: allowed are 2, 4"),
         (lambda: Kivi(2, True), "group_size=True must be an integer"),
-        (lambda: Kivi(2, 48), "group_size=48 does not divide 512"),
+        (lambda: Kivi(2, 48), "group_size=48 does not divide 256"),
         (lambda: chain(2, 0), "group_size=0 must be an integer of at least 1"),
         (lambda: chain(2, 32, 100), "residual=100 is not a positive multiple of group_size=32; use 128"),
         (lambda: chain(2, 32, 0), "residual=0 is not a positive multiple of group_size=32; use 32"),

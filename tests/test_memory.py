@@ -17,7 +17,7 @@ from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import chain
 from lcx.config import ModelConfig, param_shapes
 from lcx.errors import UserError
-from lcx.measure.gpu_targets import compile_device, compile_for, gpu_target
+from lcx.measure.gpu_targets import TARGETS, compile_device, compile_for, gpu_target
 from lcx.model import Block, Layers, block_program, logits_program
 from lcx.patterns.quest import Quest
 from lcx.policies.duo import duo, split_by_score
@@ -137,3 +137,17 @@ def test_a_chunk_on_a_cpu_needs_little_beside_the_cache(name):
 def test_logits_of_the_last_token_need_no_copy_of_the_head():
     assert logits_memory(jnp.bfloat16, h200()).temp_size_in_bytes <= 0.05 * GIB
     assert logits_memory(jnp.float32, None).temp_size_in_bytes <= 0.1 * GIB
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_compiles_a_program_that_writes_in_place(name):
+    h200()
+    add = jax.jit(lambda x, y: x.at[3].add(y), donate_argnums=0)
+    x, y = jax.ShapeDtypeStruct((1_024, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256,), jnp.bfloat16)
+    plan = compile_for(gpu_target(name), add, (x, y)).memory_analysis()
+    assert plan.alias_size_in_bytes == plan.output_size_in_bytes == 1_024 * 256 * 2
+
+
+def test_an_unknown_target_is_named_with_the_nearest():
+    with pytest.raises(UserError, match=r"target='h20'.*did you mean 'h200'"):
+        gpu_target("h20")

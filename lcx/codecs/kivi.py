@@ -24,7 +24,7 @@ class Kivi(Codec):
 
     Args:
       bits: 2 or 4.
-      group_size: tokens of a key group and channels of a value group, a divisor of 512; the authors' default is 32.
+      group_size: tokens of a key group and channels of a value group, a divisor of 256; the authors' default is 32.
     """
 
     bits: int = 2
