@@ -370,7 +370,7 @@ def test_bfloat16_is_near_float32(name):
 
 
 @few()
-@pytest.mark.parametrize("size", [1, 7, CHUNK - 1, CHUNK + 1, PROMPT - 1])
+@pytest.mark.parametrize("size", [1, 7, CHUNK + 1])
 def test_chunks_of_any_size_equal_dense_at_the_exact_limit(name, size):
     case, recipe = ALL[name], recipe_of(name, "limit")
     if recipe.one_shot:
@@ -380,7 +380,7 @@ def test_chunks_of_any_size_equal_dense_at_the_exact_limit(name, size):
 
 
 @few()
-@pytest.mark.parametrize("size", [*range(2, 10), CHUNK])
+@pytest.mark.parametrize("size", [2, 5, 9])
 def test_steps_of_many_tokens_equal_dense_at_the_exact_limit_and_are_finite_below(name, size):
     case = ALL[name]
     tokens, width = texts(case.prompt), case.prompt if recipe_of(name, "limit").one_shot else CHUNK
