@@ -12,3 +12,22 @@ settings.register_profile(
     "lcx", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lcx")
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Drop compiled programs before the kernel's limit of memory maps (65,530 by default) ends the process: each takes a few."""
+    if _mappings() > 20_000:
+        import gc
+
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
+def _mappings() -> int:
+    try:
+        with open("/proc/self/maps", "rb") as file:
+            return sum(1 for _ in file)
+    except OSError:
+        return 0  # not Linux: no such limit
