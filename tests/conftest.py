@@ -16,7 +16,7 @@ settings.load_profile("lcx")
 
 def pytest_runtest_teardown(item, nextitem):
     """Drop compiled programs before the kernel's limit of memory maps (65,530 by default) ends the process: each takes a few."""
-    if _mappings() > 20_000:
+    if _mappings() > 40_000:
         import gc
 
         import jax
