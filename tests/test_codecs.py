@@ -243,12 +243,27 @@ def test_error_is_half_a_step_and_float16_rounding(codec, seed, size, shift):
 def test_constant_groups_come_back_up_to_float16(codec, value):
     k = v = np.full((B, R, N, D), value)
     assert_nearest_level(codec, k, v)
-    k_read, v_read = decode(codec, encode(codec, k, v))
+    got = encode(codec, k, v)
+    k_read, v_read = decode(codec, got)
     wanted = float(np.float16(value))
     if codec.bits < 8 and np.float32(value) == np.float32(wanted):
         assert (k_read == wanted).all() and (v_read == wanted).all()
     if value == 0.0:
         assert not k_read.any() and not v_read.any()
+    for b, r in np.ndindex(B, R):
+        for _, codes, scale, _ in head_parts(codec, {n: a[b, r] for n, a in got.items()}):
+            assert scale.any() or not codes.any()  # no step, no code
+
+
+@pytest.mark.parametrize("codec", [c for c in INTS + KIVIS if c.bits < 8], ids=str)
+def test_scales_start_from_the_minimum_as_it_is_stored(codec):
+    """1,000.3 is stored as 1,000.5: half a unit of a range of 3 that no code is wasted on."""
+    k = v = (1_000.3 + np.random.default_rng(0).integers(0, 4, (B, R, N, D))).astype(np.float32)
+    for b, r in np.ndindex(B, R):
+        payload = {n: a[b, r] for n, a in encode(codec, k, v).items()}
+        for name, _, scale, minimum in head_parts(codec, payload):
+            for group, place in groups_of(codec, name, N, D):
+                assert [scale[place], minimum[place]] == list(group_quotients(k[b, r][group], codec.bits)[1:])
 
 
 @pytest.mark.parametrize("codec", INTS + KIVIS, ids=str)
@@ -640,15 +655,17 @@ def test_tail_hands_down_its_oldest_whole_pages_and_loses_nothing(name, widths, 
     segments = CHAINS[name]
     keep, page = segments[0].policy.keep, segments[0].policy.page
     write, slots = write_program(name)
-    content = np.random.default_rng(seed).normal(size=(2, 2, 3, MOST, 8)).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    content = rng.normal(size=(2, 2, 3, MOST, 8)).astype(np.float32)
     tails, pages = [0, 0], [0, 0]
     for width, shares in zip(widths, real, strict=False):
         first = np.add(tails, pages)
         count = np.round(np.array(shares) * width).astype(int)
         if max(first + count) > MOST:
             break
-        number = first[:, None] + np.arange(width)
-        pos = np.where(np.arange(width) < count[:, None], number, EMPTY)
+        inside = np.stack([rng.permutation(width) < n for n in count])
+        number = first[:, None] + np.maximum(np.cumsum(inside, 1) - 1, 0)
+        pos = np.where(inside, number, EMPTY)
         k, v = (np.stack([x[b][:, number[b] % MOST] for b in range(2)]) for x in content)
         k, v = (np.where((pos == EMPTY)[:, None, :, None], np.nan, x) for x in (k, v))
         slots = write(
