@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from lcx.errors import UserError
 
@@ -54,6 +54,9 @@ def run(name: str, main: Callable[[], None]) -> None:
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             refuse(name, f"argument {argv[1]!r}; allowed are flags alone, such as --model=smollm2-135m")
+        # absl shows INFO unless told otherwise: JAX's search for other backends and matplotlib's for fonts
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
         try:
             main()
         except UserError as error:
