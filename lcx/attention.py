@@ -7,7 +7,8 @@ positions alone: causality and validity (`pos != EMPTY`, `kv_pos <= q_pos`) are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -20,8 +21,9 @@ EMPTY = -1  # position of a slot that holds no token
 FAR = 2**30  # above every position
 BIG = 1e30  # finite stand-in for infinity: -inf minus -inf is nan
 
-# measured on 2 CPU cores, D = 64: 256 x 512 is as fast at T = 4,096 and takes 1.6 times as long at T = 512 (docs/design.md)
+# measured on 2 CPU cores, D = 64 (docs/design.md): larger tiles waste half of those on the diagonal, smaller ones pay for every operation
 Q_TILE, KV_TILE = 256, 256
+LONG_QUERIES, LONG_TILE = 2_048, 512
 # a step of fewer queries is a decode step: it reads longer tiles, or all keys at once where that makes no copy and few logits
 DECODE_QUERIES, DECODE_KV_TILE, DECODE_LOGITS = 16, 2_048, 2**21
 
@@ -86,7 +88,7 @@ def used_length(pos: jax.Array, axis=None) -> jax.Array:
     return jnp.max(jnp.where(pos != EMPTY, jnp.arange(1, pos.shape[-1] + 1), 0), axis=axis, initial=0)
 
 
-def _starts(total: int, size: int) -> jax.Array:
+def tile_starts(total: int, size: int) -> jax.Array:
     """First index of each tile; the last tile is moved back so that it ends at `total` (it overlaps the one before)."""
     count = -(-total // size)
     return jnp.minimum(jnp.arange(count, dtype=jnp.int32) * size, total - size)
@@ -98,7 +100,7 @@ def _tile_stats(pos: jax.Array, size: int, fresh_only: bool = True):
     `fresh_only` leaves out of the extremes what the tile shares with the one before.
     """
     total = pos.shape[-1]
-    starts = _starts(total, size)
+    starts = tile_starts(total, size)
     index = starts[:, None] + jnp.arange(size)
     tiles = pos[..., index]  # [B,R,tiles,size]
     fresh = index >= (jnp.arange(starts.shape[0]) * size)[:, None]
@@ -118,7 +120,8 @@ def _visible(q_pos, kv_pos, allow):
 
 
 def _logits(q, k, scale, softcap):
-    logits = jnp.einsum("brgtd,brds->brgts", q, k.astype(q.dtype), preferred_element_type=jnp.float32) * scale
+    logits = jnp.einsum("brgtd,brds->brgts", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    logits = logits if scale is None else logits * scale
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
@@ -132,10 +135,10 @@ def _update(carry, q, k, v, mask, scale, softcap, careful=True):
     if mask is not None:
         logits = jnp.where(mask, logits, -BIG)
     m_new = jnp.maximum(m, logits.max(-1))
-    p = jnp.exp(logits - m_new[..., None])
-    if mask is not None:
-        p = jnp.where(mask, p, 0.0)
-    keep = jnp.exp(m - m_new)
+    # a row that has seen nothing takes 0 for its maximum, so that hidden keys are exp(-BIG) = 0 without a second mask
+    top = m_new if mask is None else jnp.where(m_new == -BIG, 0.0, m_new)
+    p = jnp.exp(logits - top[..., None])
+    keep = jnp.exp(m - top)
     l = l * keep + p.sum(-1)
     p, v = p.astype(q.dtype), v.astype(q.dtype)
     new = _weighted(p, v)
@@ -169,96 +172,112 @@ def _finish(m, l, acc) -> Partial:
 
 def attend(
     q: jax.Array,
-    source: Source,
+    source: Source | Sequence[Source],
     q_pos: jax.Array,
     *,
     scale: float,
     allow: Allow | None = None,
     reach: Reach | None = None,
     softcap: float | None = None,
-    q_tile: int = Q_TILE,
+    q_tile: int | None = None,
     kv_tile: int | None = None,
 ) -> Partial:
-    """Attention of `q` over one source, never holding more than one tile of logits.
+    """Attention of `q` over one or several disjoint sources, never holding more than one tile of logits.
 
-    Costs by the source's used length, not by its capacity; tiles that no query of the tile can see are skipped, and tiles that every
-    query sees whole take no mask.  Differentiable in reverse when the source is this step's own tokens (`held=False`).
+    Costs by each source's used length, not by its capacity; tiles that no query of the tile can see are skipped, and tiles that every
+    query sees whole take no mask.  Differentiable in reverse when the sources are this step's own tokens (`held=False`).
 
     Args:
       q: [B,R,G,T,D].
-      source: keys and values, R rows.
+      source: keys and values, R rows; several count as one, of all their keys.
       q_pos: int32 [B,T], EMPTY for padding (such rows give 0).
       scale: factor on the logits.
       allow: which visible keys a query may read, by position; None: all.
       reach: bounds of `allow` over a tile, so that whole tiles are skipped or unmasked; None: every tile is masked.
       softcap: logits become softcap * tanh(logits / softcap).
-      q_tile, kv_tile: tile sizes in tokens; the default of `kv_tile` is 256, or 2,048 for fewer than 16 queries.
+      q_tile, kv_tile: tile sizes in tokens; by default 256, or 512 for at least 2,048 queries, and `kv_tile` 2,048 for fewer than 16.
 
     Returns:
       Partial over the R rows.
     """
     B, R, G, T, D = q.shape
-    S = source.pos.shape[-1]
-    if S == 0 or T == 0:
+    sources = [s for s in ([source] if isinstance(source, Source) else source) if s.pos.shape[-1]]
+    if not sources or T == 0:
         return Partial(jnp.zeros((B, R, G, T, D)), jnp.full((B, R, G, T), -jnp.inf))
-    n_q = min(q_tile, T)
-    n_kv = min(kv_tile or (DECODE_KV_TILE if T < DECODE_QUERIES else KV_TILE), S)
-    used = used_length(source.pos) if source.held else S
+    if q.dtype == jnp.float32 or math.log2(scale).is_integer():
+        # as exact on q as on the logits, and a pass over every tile less
+        q, scale = q * jnp.asarray(scale, q.dtype), None
+    tile = LONG_TILE if T >= LONG_QUERIES else Q_TILE
+    few = kv_tile is None and T < DECODE_QUERIES
+    n_q = min(q_tile or tile, T)
+    n_kv = kv_tile or (DECODE_KV_TILE if few else tile)
 
-    def all_at_once(careful):
-        k, v = source.tile(0, S)
-        mask = _visible(q_pos, source.pos, allow)
+    def tiles(sources):
+        return _attend_tiles(q, sources, q_pos, n_q, n_kv, scale, allow, reach, softcap)
+
+    def all_at_once(s, careful):
+        k, v = s.tile(0, s.pos.shape[-1])
+        mask = _visible(q_pos, s.pos, allow)
         return _finish(*_update(_begin((B, R, G, T), D), q, k, v, mask, scale, softcap, careful))
 
-    def tiles():
-        return _attend_tiles(q, source, q_pos, used, n_q, n_kv, scale, allow, reach, softcap)
+    def few_queries(s):
+        S = s.pos.shape[-1]
+        if not s.plain or B * R * G * T * S > DECODE_LOGITS:
+            return tiles([s])
+        if not s.held:
+            return all_at_once(s, careful=True)
+        # a tile is a copy of its slots: about twice the time of reading them in place (S = 4,136, 2 CPU cores)
+        full = 2 * used_length(s.pos) >= S
+        part = lax.cond(full, lambda: all_at_once(s, careful=False), lambda: _finish(*_begin((B, R, G, T), D)))
+        # hidden values that are not finite: leaving them out of the whole product would take a copy of all values
+        return lax.cond(full & ~jnp.any(jnp.isnan(part.out)), lambda: part, lambda: tiles([s]))
 
-    if not (source.plain and kv_tile is None and T < DECODE_QUERIES and B * R * G * T * S <= DECODE_LOGITS):
-        return tiles()
-    if not source.held:
-        return all_at_once(careful=True)
-    # a tile is a copy of its slots: about twice the time of reading them in place (S = 4,136, 2 CPU cores)
-    full = 2 * used >= S
-    part = lax.cond(full, lambda: all_at_once(careful=False), lambda: _finish(*_begin((B, R, G, T), D)))
-    # hidden values that are not finite: leaving them out of the whole product would take a copy of all values
-    return lax.cond(full & ~jnp.any(jnp.isnan(part.out)), lambda: part, tiles)
+    return merge([few_queries(s) for s in sources]) if few else tiles(sources)
 
 
-def _attend_tiles(q, source: Source, q_pos, used, n_q, n_kv, scale, allow, reach, softcap) -> Partial:
-    """`attend` in tiles of `n_q` queries and `n_kv` keys, up to the slot `used`."""
+def _attend_tiles(q, sources, q_pos, n_q, n_kv, scale, allow, reach, softcap) -> Partial:
+    """`attend` in tiles of `n_q` queries and `n_kv` keys, up to each source's last used slot."""
     B, R, G, T, D = q.shape
-    q_starts = _starts(T, n_q)
-    kv_starts, lows, highs, wholes = _tile_stats(source.pos, n_kv)
-    trips = -(-used // n_kv) if source.held else kv_starts.shape[0]
+    q_starts = tile_starts(T, n_q)
+    sizes = [min(n_kv, s.pos.shape[-1]) for s in sources]
+    stats = [_tile_stats(s.pos, size) for s, size in zip(sources, sizes, strict=True)]
 
     def one_q_tile(q_start):
         qt = lax.dynamic_slice_in_dim(q, q_start, n_q, 3)
         qp = lax.dynamic_slice_in_dim(q_pos, q_start, n_q, 1)
         q_lo, q_hi = jnp.min(qp), jnp.max(qp)  # padding makes q_lo EMPTY: such a tile is masked
+        q_lo_real = jnp.min(jnp.where(qp == EMPTY, FAR, qp))
 
-        def body(j, carry):
-            some = lows[j] <= q_hi
-            every = wholes[j] & (highs[j] <= q_lo)
-            if reach is not None:
-                near, all_near = reach(Bounds(jnp.min(jnp.where(qp == EMPTY, FAR, qp)), q_hi, lows[j], highs[j]))
-                some, every = some & near, every & all_near
-            elif allow is not None:
-                every = jnp.zeros((), bool)
+        def walk(source, size, kv_starts, lows, highs, wholes, carry):
+            def body(j, carry):
+                some = lows[j] <= q_hi
+                every = wholes[j] & (highs[j] <= q_lo)
+                if reach is not None:
+                    near, all_near = reach(Bounds(q_lo_real, q_hi, lows[j], highs[j]))
+                    some, every = some & near, every & all_near
+                elif allow is not None:
+                    every = jnp.zeros((), bool)
 
-            def masked(carry):
-                k, v = source.tile(kv_starts[j], n_kv)
-                kp = lax.dynamic_slice_in_dim(source.pos, kv_starts[j], n_kv, 2)
-                kp = jnp.where(kv_starts[j] + jnp.arange(n_kv) >= j * n_kv, kp, EMPTY)
-                return _update(carry, qt, k, v, _visible(qp, kp, allow), scale, softcap)
+                def masked(carry):
+                    k, v = source.tile(kv_starts[j], size)
+                    kp = lax.dynamic_slice_in_dim(source.pos, kv_starts[j], size, 2)
+                    kp = jnp.where(kv_starts[j] + jnp.arange(size) >= j * size, kp, EMPTY)
+                    return _update(carry, qt, k, v, _visible(qp, kp, allow), scale, softcap)
 
-            def unmasked(carry):
-                k, v = source.tile(kv_starts[j], n_kv)
-                return _update(carry, qt, k, v, None, scale, softcap)
+                def unmasked(carry):
+                    k, v = source.tile(kv_starts[j], size)
+                    return _update(carry, qt, k, v, None, scale, softcap)
 
-            branch = jnp.where(some, jnp.where(every, 2, 1), 0)
-            return lax.switch(branch, [lambda c: c, masked, unmasked], carry)
+                branch = jnp.where(some, jnp.where(every, 2, 1), 0)
+                return lax.switch(branch, [lambda c: c, masked, unmasked], carry)
 
-        return _finish(*lax.fori_loop(0, trips, body, _begin((B, R, G, n_q), D)))
+            trips = -(-used_length(source.pos) // size) if source.held else kv_starts.shape[0]
+            return lax.fori_loop(0, trips, body, carry)
+
+        carry = _begin((B, R, G, n_q), D)
+        for source, size, stat in zip(sources, sizes, stats, strict=True):
+            carry = walk(source, size, *stat, carry)
+        return _finish(*carry)
 
     if q_starts.shape[0] == 1:
         return one_q_tile(0)
@@ -361,7 +380,7 @@ def mass(q, source: Source, q_pos, lse, *, scale: float, allow=None, softcap=Non
     if S == 0 or T == 0:
         return jnp.zeros((B, R, G, S))
     n_q, n_kv = min(q_tile, T), min(kv_tile, S)
-    q_starts, (kv_starts, lows, _, _) = _starts(T, n_q), _tile_stats(source.pos, n_kv, fresh_only=False)
+    q_starts, (kv_starts, lows, _, _) = tile_starts(T, n_q), _tile_stats(source.pos, n_kv, fresh_only=False)
     lse = jnp.where(jnp.isneginf(lse), BIG, lse)  # a row that saw nothing gives nothing
 
     def one_kv_tile(j, total):

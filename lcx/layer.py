@@ -166,7 +166,7 @@ def _chain_attention(ctx: Ctx, recipe: Recipe, chain: Chain, stores, cache) -> t
         return some, every
 
     settings = {"scale": ctx.scale, "allow": ctx.allow, "softcap": ctx.softcap}
-    held, parts = [], []
+    held, parts, sources = [], [], []
     for s, store in zip(chain, stores, strict=True):
         slots = cache[s.name]
         raw = ctx.rotate if _is_raw(recipe, store) else None
@@ -180,7 +180,7 @@ def _chain_attention(ctx: Ctx, recipe: Recipe, chain: Chain, stores, cache) -> t
                 )
             )
         else:
-            parts.append(attend(ctx.q, here.source, ctx.pos, reach=reach if masked else None, **settings))
+            sources.append(here.source)
     own = tokens_source(ctx.k, ctx.v, ctx.pos)
     if pattern.visits == "own":
         index, count, size = pattern.visit(ctx, held[0])
@@ -188,7 +188,9 @@ def _chain_attention(ctx: Ctx, recipe: Recipe, chain: Chain, stores, cache) -> t
             attend_visits(ctx.q, own, ctx.pos, index, count, size=size, block_rows=pattern.block_rows, **settings)
         )
     else:
-        parts.append(attend(ctx.q, own, ctx.pos, reach=reach if masked else None, **settings))
+        sources.append(own)
+    if sources:
+        parts.append(attend(ctx.q, sources, ctx.pos, reach=reach if masked else None, **settings))
     part = merge(parts)
     return part, replace(ctx, lse=part.lse, out=part.out), [turned.get(s.name) for s in chain]
 

@@ -16,12 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax import lax
 
-from lcx.attention import EMPTY
+from lcx.attention import EMPTY, tile_starts
 from lcx.config import ModelConfig, param_shapes
 from lcx.layer import Ctx, attention, repack, split_heads
 from lcx.recipe import Recipe
 from lcx.rope import inverse_frequencies, rotate
+
+# rows of a linear layer at a time on a CPU: activations stay in cache and their pages are used again (docs/design.md)
+ROWS = 512
 
 
 class Block(nnx.Module):
@@ -81,12 +85,40 @@ def _matmul(x, w):
     return jnp.matmul(x, w, preferred_element_type=x.dtype)
 
 
+def _by_rows(f, width: int, x, *others):
+    """`f(x, *others)` [B,T,width] with its rows computed ROWS at a time where that is faster.
+
+    Args:
+      f: row by row: row t of the result depends on row t of the arguments alone.
+      width: of the result, which has the dtype of `x`.
+      x: [B,T,E].
+      others: (array, axis of T) pairs.
+    """
+    B, T = x.shape[:2]
+    arrays, axes = [x, *(a for a, _ in others)], [1, *(axis for _, axis in others)]
+    if T <= ROWS:
+        return f(*arrays)
+    starts = tile_starts(T, ROWS)
+
+    def in_parts(*arrays):
+        def part(i, out):
+            rows = [lax.dynamic_slice_in_dim(a, starts[i], ROWS, axis) for a, axis in zip(arrays, axes, strict=True)]
+            return lax.dynamic_update_slice_in_dim(out, f(*rows), starts[i], 1)
+
+        return lax.fori_loop(0, starts.shape[0], part, jnp.zeros((B, T, width), x.dtype))
+
+    return lax.platform_dependent(*arrays, cpu=in_parts, default=f)
+
+
 def _enter(w, config: ModelConfig, x):
     """Norm, projections: raw q [B,T,H,D], k, v [B,T,K,D]."""
     H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
-    qkv = _matmul(rms_norm(x, w["attn_norm"], config.norm_eps), w["qkv"])
-    if config.qkv_bias:
-        qkv = qkv + w["qkv_bias"]
+
+    def project(x):
+        qkv = _matmul(rms_norm(x, w["attn_norm"], config.norm_eps), w["qkv"])
+        return qkv + w["qkv_bias"] if config.qkv_bias else qkv
+
+    qkv = _by_rows(project, (H + 2 * K) * D, x)
     qkv = rearrange(qkv, "B T (N D) -> B T N D", D=D)
     q, k, v = qkv[:, :, :H], qkv[:, :, H : H + K], qkv[:, :, H + K :]
     if config.qk_norm:
@@ -96,11 +128,15 @@ def _enter(w, config: ModelConfig, x):
 
 def _leave(w, config: ModelConfig, x, out):
     """Output projection, residual, MLP, residual.  `out` [B,K,G,T,D]."""
-    out = _matmul(rearrange(out.astype(x.dtype), "B K G T D -> B T (K G D)"), w["o"])
-    x = x + (rms_norm(out, w["post_attn_norm"], config.norm_eps) if config.post_norms else out)
-    gate, up = jnp.split(_matmul(rms_norm(x, w["mlp_norm"], config.norm_eps), w["gate_up"]), 2, axis=-1)
-    out = _matmul(_activation(config, gate) * up, w["down"])
-    return x + (rms_norm(out, w["post_mlp_norm"], config.norm_eps) if config.post_norms else out)
+
+    def rows(x, out):
+        out = _matmul(rearrange(out.astype(x.dtype), "B K G T D -> B T (K G D)"), w["o"])
+        x = x + (rms_norm(out, w["post_attn_norm"], config.norm_eps) if config.post_norms else out)
+        gate, up = jnp.split(_matmul(rms_norm(x, w["mlp_norm"], config.norm_eps), w["gate_up"]), 2, axis=-1)
+        out = _matmul(_activation(config, gate) * up, w["down"])
+        return x + (rms_norm(out, w["post_mlp_norm"], config.norm_eps) if config.post_norms else out)
+
+    return _by_rows(rows, x.shape[-1], x, (out, 3))
 
 
 def _rotation(config: ModelConfig, local: bool):

@@ -37,6 +37,7 @@ def rotate(x: jax.Array, pos: jax.Array, inverse: np.ndarray, axis: int = -1) ->
     angle = pos.astype(jnp.float32)[..., None] * inverse
     if axis == -2:
         angle = angle.swapaxes(-1, -2)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # without the barrier XLA:CPU computes both again for every head
+    cos, sin = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=axis)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=axis).astype(x.dtype)

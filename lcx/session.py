@@ -153,6 +153,9 @@ class Session:
         return (cache, empty, self.aux[layer]), static
 
     def _blocks(self, phase: str, x, pos, last: bool = False):
+        if not self.recipe.compresses:
+            # all at once, before the device is busy; a cache that will be compressed waits, so that few are whole at a time
+            self.cache = [self._empty(phase, i) if c is None else c for i, c in enumerate(self.cache)]
         for i in range(self.config.num_layers):
             if self.cache[i] is None:
                 self.cache[i] = self._empty(phase, i)
