@@ -1,0 +1,77 @@
+"""One prompt with its references, how an output is scored, and the figures over lengths that RULER reports."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+EFFECTIVE_THRESHOLD = 85.6  # RULER's: Llama-2-7B at 4K
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and what its output is scored against.
+
+    Attributes:
+      task: name.
+      prompt: the whole text given to the model, answer prefix included; a model's bos token is not in it.
+      references: strings looked for in the output.
+      answer_tokens: most tokens that the model may generate.
+      match: how `score` compares: "all", "any", "first_integer" or "token".
+      budget: tokens of prompt and answer together, at most.
+      prompt_tokens: tokens of the prompt as the given tokenizer counts them; prompt_tokens + answer_tokens <= budget.
+      depths: where the needles were asked to lie, 0 to 100 percent of the context, in the order of the text; () where none.
+    """
+
+    task: str
+    prompt: str
+    references: tuple[str, ...]
+    answer_tokens: int
+    match: str
+    budget: int
+    prompt_tokens: int
+    depths: tuple[float, ...] = ()
+
+
+def score(sample: Sample, output: str) -> float:
+    """Score of an output, 0 to 100.  Case does not matter; control characters count as newlines.
+
+    "all": share of the references that are substrings of the output; "any": 100 if one of them is (RULER, section 1 of the fact sheet).
+    "first_integer": 100 if the first run of digits is the reference (passkey); "token": 100 if a reference is a word of the output
+    after punctuation other than hyphens became spaces (key-value retrieval; section 2).
+
+    The caller caps the output at `answer_tokens`: a model that echoes its prompt would score 100.
+    """
+    text = re.sub(r"[\x00-\x1f\x7f]", "\n", output).lower()
+    references = [reference.lower() for reference in sample.references]
+    if sample.match == "first_integer":
+        found = re.search(r"[0-9]+", text)
+        return 100.0 * (found is not None and found.group() in references)
+    if sample.match == "token":
+        text = re.sub(r"[^\w\s-]", " ", text)
+        return 100.0 * any(reference in text.split() for reference in references)
+    hits = [reference in text for reference in references]
+    return 100.0 * (any(hits) if sample.match == "any" else sum(hits) / len(hits))
+
+
+def effective_length(means: Mapping[int, float], threshold: float = EFFECTIVE_THRESHOLD) -> int:
+    """Largest length whose mean score is at least `threshold`, 0 if there is none.  RULER, section 1.
+
+    Args:
+      means: length in tokens -> mean score of the tasks, 0 to 100.
+    """
+    return max((length for length, mean in means.items() if mean >= threshold), default=0)
+
+
+def weighted_means(means: Mapping[int, float]) -> tuple[float, float]:
+    """(mean with weights 1..n rising with length, mean with weights n..1 falling), 0 to 100.  RULER, section 1.
+
+    Args:
+      means: length in tokens -> mean score of the tasks, at least one.
+    """
+    values = np.array([means[length] for length in sorted(means)], np.float64)
+    weights = np.arange(1, len(values) + 1)
+    return float(np.average(values, weights=weights)), float(np.average(values, weights=weights[::-1]))
