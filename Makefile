@@ -25,7 +25,7 @@ setup-test:
 	@scripts/setup.sh test
 
 demo: setup
-	@$(CPU_ONLY); $(PYTHON) -m experiments.sweep --config=configs/smollm2_quick.py --workdir=runs/smollm2_quick $(ARGS)
+	@$(CPU_ONLY); $(PYTHON) -m experiments.sweep --config=configs/smollm2_quick.py --workdir=runs/smollm2_quick --isolate=none $(ARGS)
 
 test: setup-test
 	@$(CPU_ONLY); $(PYTHON) -m pytest -n 2 $(ARGS)
@@ -53,7 +53,7 @@ lock:
 	printf '%s\n' hatchling editables >"$$scratch/build.in"; \
 	$(COMPILE) pyproject.toml "$$scratch/build.in" -c "$$scratch/pins.txt" -o requirements/run.txt >/dev/null; \
 	in_run=$$(sed -n 's/^\([A-Za-z0-9._-]*\).*==.*/--no-emit-package \1/p' requirements/run.txt); \
-	$(COMPILE) pyproject.toml --extra test --extra plan -c "$$scratch/pins.txt" -c requirements/run.txt $$in_run \
+	$(COMPILE) pyproject.toml --extra test --extra plan --extra slurm --extra parquet --extra notebooks -c "$$scratch/pins.txt" -c requirements/run.txt $$in_run \
 	  -o requirements/test.txt >/dev/null; \
 	for lock in run test; do grep -v '^ *#' requirements/$$lock.txt >"$$scratch/lock.txt"; cp "$$scratch/lock.txt" requirements/$$lock.txt; done
 

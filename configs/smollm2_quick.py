@@ -6,4 +6,5 @@ NAMES = ("dense", "window", "sink_window", "snapkv", "h2o", "quest", "int4", "ki
 
 
 def get_config():
-    return Sweep(configs=tuple(f"configs/{name}.py" for name in NAMES), lengths=(512, 1_024, 2_048), keep_ratio=0.25)
+    configs = tuple(f"configs/{name}.py" for name in NAMES)
+    return Sweep(configs, lengths=(512, 1_024, 2_048), keep_ratio=0.25, repeats=2)

@@ -13,8 +13,10 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from lcx.errors import UserError
+from lcx.report.escape import visible
 
 _changes: dict[str, str] = {}
+_arguments: list[str] = []
 
 
 def _has(package: str) -> bool:
@@ -28,15 +30,24 @@ if _has("jax_plugins.xla_cuda13") and not (Path("/dev/nvidia0").exists() and _ha
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def define_flags(config: str | None = None) -> None:
-    """The flags of every command that runs a model.  `config` is the default of --config."""
+def define_flags(config: str | None = None, several: bool = False) -> None:
+    """The flags of every command that runs a model.
+
+    Args:
+      config: the default of --config.
+      several: --model and --dtype take several, with commas between.
+    """
     flags.DEFINE_string(
         "config", config, "Config file, such as configs/snapkv.py; --config.FIELD=VALUE changes a field."
     )
     flags.DEFINE_string(
         "model", None, "A name of lcx.pretrained, a GGUF file, a folder or a hub id; the default is the config's."
     )
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of weights, activations and exact caches.")
+    dtype_help = "Type of weights, activations and exact caches."
+    if several:
+        flags.DEFINE_string("dtype", "float32", f"{dtype_help}  float32, bfloat16 or both with a comma between.")
+    else:
+        flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], dtype_help)
     flags.DEFINE_integer(
         "budget", None, "Tokens kept per KV head, sinks and observation window included.", lower_bound=1
     )
@@ -48,11 +59,23 @@ def define_flags(config: str | None = None) -> None:
     flags.DEFINE_bool("accept_licence", False, "You agree to the licence of a model that asks for it (Gemma).")
 
 
-def run(name: str, main: Callable[[], None]) -> None:
-    """Parse the flags and run a command; wrong input ends in one line on stderr and exit code 2."""
+def arguments() -> list[str]:
+    """The words of the command line that are no flags."""
+    return list(_arguments)
+
+
+def run(name: str, main: Callable[[], None], takes_arguments: bool = False) -> None:
+    """Parse the flags and run a command; wrong input ends in one line on stderr and exit code 2.
+
+    Args:
+      name: of the command.
+      main: what it does.
+      takes_arguments: words that are no flags are kept for `arguments`, else refused.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
+        _arguments[:] = argv[1:]
+        if len(argv) > 1 and not takes_arguments:
             refuse(name, f"argument {argv[1]!r}; allowed are flags alone, such as --model=smollm2-135m")
         # absl shows INFO unless told otherwise: JAX's search for other backends and matplotlib's for fonts
         if not flags.FLAGS["verbosity"].present:
@@ -70,7 +93,8 @@ def run(name: str, main: Callable[[], None]) -> None:
 
 
 def refuse(name: str, problem: str) -> None:
-    print(f"{name}: {' '.join(problem.split())}", file=sys.stderr)
+    # what came from outside must not steer the terminal
+    print(f"{name}: {visible(' '.join(problem.split()), 4_000)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -93,6 +117,11 @@ def _parse(name: str, argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         refuse(name, str(error))
         raise
+
+
+def changes() -> dict[str, str]:
+    """What --config.FIELD=VALUE changes: field -> text."""
+    return dict(_changes)
 
 
 def config():

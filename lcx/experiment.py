@@ -80,6 +80,7 @@ class Sweep:
       continuation: tokens scored after the prompt.
       keep_ratio: budget of every recipe that has one, as a fraction of the prompt; None: the recipes' own.
       decode_steps: single-token steps timed at each point.
+      repeats: prefills timed at each point; None: the command's default.
       chunk_size: tokens of a prefill step; None: the recipes' own schedules.
       text: a name of `lcx.texts`.
     """
@@ -90,6 +91,7 @@ class Sweep:
     continuation: int = 256
     keep_ratio: float | None = None
     decode_steps: int = 24
+    repeats: int | None = None
     chunk_size: int | None = None
     text: str = "pride_and_prejudice"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.attention import EMPTY
-from lcx.cache import device_bytes
+from lcx.cache import device_bytes, shape_bytes
 from lcx.errors import UserError
 from lcx.model import Layers, Model, block_program, embed_program, last_rows, repack_program
 from lcx.recipe import Aux, Recipe
@@ -29,12 +29,14 @@ class Compiled:
       num_programs: distinct programs of layers.
       temp_bytes: XLA's scratch memory of the largest program, beside its arguments and results.
       extra_bytes: most that a program holds beside weights and caches: scratch, residual stream and logits.
+      plans: phase -> XLA's argument, output, alias, temp and peak bytes of the phase's largest program of a layer.
     """
 
     seconds: float
     num_programs: int
     temp_bytes: int
     extra_bytes: int
+    plans: dict[str, dict[str, int]]
 
 
 class Session:
@@ -84,6 +86,8 @@ class Session:
         self.cache: list[dict[str, Any] | None] = [None] * self.config.num_layers
         self.next_pos = np.zeros(batch, np.int32)
         self.peak_cache_bytes = 0
+        # called with (phase, layer, x [B,T,E]) after each layer, to look for values that are not finite
+        self.watch: Callable[[str, int, jax.Array], None] | None = None
         self._programs: dict[Any, Any] = {}
         # layers that differ neither in recipe nor in shapes share a program
         self._kinds = {phase: [self._kind(phase, i) for i in range(self.config.num_layers)] for phase in self.recipes}
@@ -120,16 +124,44 @@ class Session:
         with ThreadPoolExecutor(max_workers=2) as pool:
             self._programs |= zip(fresh, pool.map(lambda program: program.compile(), lowered), strict=True)
         reports = [self._programs[key].memory_analysis() for key in calls]
+        plans: dict[str, dict[str, int]] = {}
+        for phase, tokens in wanted:
+            here = [_plan(self._programs[kind, tokens].memory_analysis()) for kind in self._kinds[phase]]
+            largest = max(here, key=lambda plan: plan["peak"])
+            # a phase's steps of one token are decode; the longer ones of it read a continuation
+            if phase == "prefill" or tokens == 1:
+                plans[phase] = largest
         self.layers.logits(jnp.zeros((self.batch, self.config.d_model), self.layers.dtype)).block_until_ready()
         temp = max((r.temp_size_in_bytes for r in reports), default=0)
         widest = max((n for _, n in wanted), default=1)
         stream = 2 * self.batch * widest * self.config.d_model * jnp.dtype(self.layers.dtype).itemsize
-        return Compiled(time.perf_counter() - start, len(fresh), temp, temp + stream)
+        return Compiled(time.perf_counter() - start, len(fresh), temp, temp + stream, plans)
 
     def _empty(self, phase: str, layer: int):
         return self.recipe.init_layer(
             self.config, layer, phase, self.sizes[phase], self._raw_aux, self.batch, self.layers.dtype
         )
+
+    def predicted_peak_cache_bytes(self) -> int:
+        """What `peak_cache_bytes` will be after a prefill of `prompt` tokens, from shapes alone."""
+        layers = range(self.config.num_layers)
+        size = {
+            phase: [shape_bytes(jax.eval_shape(lambda i=i, phase=phase: self._empty(phase, i))) for i in layers]
+            for phase in self.recipes
+        }
+        if not self.recipe.compresses:
+            return sum(size["prefill"])
+        at_once = len(self.schedule.steps(self.prompt)) > 1
+        before = [sum(size["prefill"])] if at_once else []
+        for i in layers:
+            waiting = sum(size["prefill"][i + 1 :]) if at_once else 0
+            before.append(sum(size["decode"][: i + 1]) + size["prefill"][i] + waiting)
+        return max(before)
+
+    def reset(self) -> None:
+        """Forget the texts; compiled programs stay."""
+        self.cache = [None] * self.config.num_layers
+        self.next_pos = np.zeros(self.batch, np.int32)
 
     def block_call(self, phase: str, layer: int, x, pos, cache):
         """Arguments of `block_program` for one layer, so that it can be run or compiled ahead."""
@@ -164,6 +196,8 @@ class Session:
             kind = self._kinds[phase][i]
             program = self._programs.get((kind, x.shape[1]))
             x, self.cache[i] = block_program(*args, **static) if program is None else program(*args)
+            if self.watch is not None:
+                self.watch(phase, i, x)
             if last and self.recipe.compresses:
                 empty = self._empty("decode", i)
                 self._note_peak(device_bytes(empty))
@@ -238,6 +272,17 @@ class Session:
         x = self._blocks("decode", x, pos)
         self.next_pos = self.next_pos + tokens.shape[1]
         return x if rows == "all" else self.layers.logits(x[:, -1])
+
+
+def _plan(report) -> dict[str, int]:
+    """XLA's memory plan of a program in bytes.  Its own peak leaves out scratch on a CPU, so it is summed here."""
+    found = {
+        "argument": report.argument_size_in_bytes,
+        "output": report.output_size_in_bytes,
+        "alias": report.alias_size_in_bytes,
+        "temp": report.temp_size_in_bytes,
+    }
+    return found | {"peak": found["argument"] + found["output"] + found["temp"] - found["alias"]}
 
 
 def generate(session: Session, prompt, num_tokens: int, *, stop: Sequence[int] = ()) -> Iterator[int]:

@@ -14,15 +14,27 @@ settings.register_profile(
 settings.load_profile("lcx")
 
 
-def pytest_runtest_teardown(item, nextitem):
-    """Drop compiled programs between modules.
+MOST_MAPS = 40_000  # of the 65,530 memory maps that a process may hold by Linux's default
 
-    A process may hold 65,530 memory maps (Linux's default) and each program takes a few: all modules in one worker came to 50,000 and a
-    crash.  And a module that compiles with fewer optimisations must not meet programs of another: XLA's flags are not part of jit's key.
-    Not within a module: its tests count compilations, and compare with results that they keep.
+
+def _num_maps() -> int:
+    try:
+        with open("/proc/self/maps") as file:
+            return sum(1 for _ in file)
+    except OSError:
+        return 0
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Drop compiled programs between modules, and between the test functions of one module when they hold many memory maps.
+
+    Each program takes a few maps: all modules in one worker came to 50,000, the slow conformance tests alone to the limit and a crash.
+    And a module that compiles with fewer optimisations must not meet programs of another: XLA's flags are not part of jit's key.
+    Not within a test function: its cases count compilations, and compare with results that they keep.
     """
     if nextitem is not None and nextitem.path == item.path:
-        return
+        if nextitem.originalname == item.originalname or _num_maps() < MOST_MAPS:
+            return
     import gc
 
     import jax

@@ -14,6 +14,9 @@ import pytest
 
 from lcx import texts
 from lcx.pretrained import is_installed
+from lcx.sweep.runner import read_rows
+from lcx.sweep.schema import COLUMNS
+from lcx.sweep.store import Store
 
 ROOT = Path(__file__).parent.parent
 TEXT = texts.path("pride_and_prejudice")
@@ -77,17 +80,18 @@ def small_sweep(tmp_path):
     config.write_text(
         "from lcx.experiment import Sweep\n\n\ndef get_config():\n"
         "    return Sweep(configs=('configs/dense.py', 'configs/sink_window.py'), lengths=(48, 80), continuation=16,\n"
-        "                 keep_ratio=0.5, decode_steps=3)\n"
+        "                 keep_ratio=0.5, decode_steps=3, repeats=2)\n"
     )
     return f"--config={config}", f"--workdir={tmp_path / 'run'}"
 
 
 def stored(workdir):
+    """key -> row of the points that have ended, after an integrity check."""
     db = sqlite3.connect(workdir / "rows.sqlite")
     assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    rows = [(key, json.loads(row)) for key, row in db.execute("SELECT key, row FROM rows ORDER BY rowid")]
+    found = db.execute("SELECT key, row FROM points WHERE row IS NOT NULL ORDER BY place").fetchall()
     db.close()
-    return rows
+    return {key: json.loads(row) for key, row in found}
 
 
 @needs_model
@@ -105,23 +109,65 @@ def test_a_killed_sweep_loses_nothing_and_continues(tmp_path):
     done = run("sweep", *args)
     assert done.returncode == 0, done.stderr
     rows = stored(tmp_path / "run")
-    assert rows[: len(before)] == before
-    assert [(r["method"], r["length"]) for _, r in rows] == [(m, n) for n in (48, 80) for m in ("dense", "sink_window")]
+    assert before.items() <= rows.items()
+    table = read_rows(Store(tmp_path / "run", create=False))
+    assert [(r["method"], r["length"]) for r in table] == [(m, n) for n in (48, 80) for m in ("dense", "sink_window")]
     lines = [x for x in done.stdout.splitlines() if " tokens  TTFT " in x]
     assert len(lines) == 4 and sum("(done before)" in x for x in lines) == len(before)
-    for _, row in rows:
-        assert row["status"] == "ok" and row["decode_n"] == 3
+    for row in table:
+        assert row["status"] == "ok" and row["decode_n"] == 3 and row["ttft_n"] == 2
         assert row["cache_bytes"] == row["recipe_bytes"] <= row["peak_cache_bytes"]
         assert row["peak_bytes"] > row["peak_cache_bytes"] and row["temp_bytes"] > 0
         assert min(row[n] for n in ("ttft_s", "decode_s", "compile_s", "prefill_tokens_per_s", "bits_per_value")) > 0
         dense = row["method"] == "dense"
         assert (row["nll_minus_dense"] == 0 and row["kl"] == 0) if dense else row["kl"] > 0
-    assert rows[1][1]["cache_over_dense"] < 0.6
+        # bar: a child's start takes at most 4 s on 2 cores that do nothing else
+        assert 0 < row["child_start_s"] < 30
+    assert table[1]["cache_over_dense"] < 0.6
     assert "less" in done.stdout and "dense" in done.stdout  # the table
     assert (tmp_path / "run" / "sweep.png").stat().st_size > 10_000
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["model"]["sha256"].startswith("b179c952") and record["text"]["sha256"].startswith("5c33684c")
-    assert set(record["points"]) == {key for key, _ in rows}
+    assert "<html" in (tmp_path / "run" / "report.html").read_text()
+    runs = json.loads((tmp_path / "run" / "run.json").read_text())["runs"]
+    assert len(runs) == 2
+    for record in runs:
+        assert record["models"]["smollm2-135m"]["sha256"].startswith("b179c952")
+        assert record["text"]["sha256"].startswith("5c33684c") and set(record["points"]) == set(rows)
+        assert record["flags"]["workdir"] == str(tmp_path / "run")
+    # another sweep in the same folder is refused, with the difference
+    other = run("sweep", *args, "--config.keep_ratio=0.4")
+    assert other.returncode == 2 and "keep_ratio 0.5 -> 0.4" in other.stderr and "--fork=DIR" in other.stderr
+    # the same sweep again gives the same in every column that is not measured
+    again = run("sweep", args[0], f"--workdir={tmp_path / 'again'}", "--isolate=none", "--noreport")
+    assert again.returncode == 0, again.stderr
+    fixed = [c.name for c in COLUMNS if not c.measured]
+    for a, b in zip(table, read_rows(Store(tmp_path / "again", create=False)), strict=True):
+        assert {n: a[n] for n in fixed} == {n: b[n] for n in fixed}
+    assert not (tmp_path / "again" / "report.html").exists()
+
+
+@needs_model
+def test_a_sweep_that_is_asked_to_stop_says_how_to_go_on(tmp_path):
+    args = small_sweep(tmp_path)
+    process = subprocess.Popen(
+        command("sweep", *args), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert process.returncode == 130
+    assert "stopped by SIGINT" in errors and f"--workdir={tmp_path / 'run'} goes on" in errors
+    assert {status for _, status, _ in Store(tmp_path / "run").points()} <= {"ok", "todo"}
+
+
+@needs_model
+def test_points_run_as_jobs_of_a_batch_system(tmp_path):
+    pytest.importorskip("submitit")
+    args = small_sweep(tmp_path)
+    done = run("sweep", *args, "--launcher=submitit_debug", "--lengths=48", "--noreport")
+    assert done.returncode == 0, done.stderr
+    assert [r["status"] for r in read_rows(Store(tmp_path / "run"))] == ["ok", "ok"]
 
 
 SCORE = ("--out=out.npz", f"--text_file={TEXT}")
@@ -186,7 +232,33 @@ WRONG = [
     ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.pattern=x"), "set one of its fields"),
     ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.slots=1.5"), "allowed is int or None"),
     ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe"), "needs a value"),
-    ("sweep", ("--lengths=12,b",), "lengths='12,b': allowed are tokens"),
+    ("sweep", ("--lengths=12,b",), "lengths='12,b': allowed are whole numbers"),
+    ("sweep", ("--lengths=",), "lengths='': allowed are whole numbers"),
+    ("sweep", ("--batch=0",), "batch='0': allowed are whole numbers of at least 1"),
+    ("sweep", ("--batch=1,1",), "batches=(1, 1): give at least one, each once"),
+    ("sweep", ("--seed=-1",), "seed='-1': allowed are whole numbers of at least 0"),
+    ("sweep", ("--dtype=float16",), "dtype='float16'; allowed are float32, bfloat16"),
+    ("sweep", ("--tasks=ruler,niah",), "tasks='niah'; allowed are ppl, longppl"),
+    ("sweep", ("--repeats=0",), "repeats"),
+    ("sweep", ("--workers=0",), "workers"),
+    ("sweep", ("--retry=broken",), "retry='broken'; allowed are error, timeout"),
+    ("sweep", ("--isolate=thread",), "isolate"),
+    ("sweep", ("--launcher=pbs",), "launcher"),
+    ("sweep", ("--launcher=slurm", "--workdir=/tmp/lcx-no-slurm"), "slurm"),
+    ("sweep", ("--launcher=submitit_debug", "--slurm_args=gpus"), "slurm_args='gpus': allowed are NAME=VALUE pairs"),
+    ("sweep", ("--memory_limit=much",), "memory_limit='much': allowed are sizes such as 16GiB"),
+    ("sweep", ("--time_limit=0",), "time_limit"),
+    ("sweep", ("--workdir=/proc/no/such",), "cannot be made"),
+    ("sweep", ("--fork=/tmp/lcx-fork", "--workdir=/tmp/lcx-nothing-here"), "holds no sweep"),
+    ("sweep", ("--model=smollm2-135m,smollm3",), "smollm3"),
+    ("report", (), "workdir: missing"),
+    ("report", ("--workdir=/tmp/lcx-nothing-here",), "holds no sweep"),
+    ("report", ("--workdir=/tmp/lcx-nothing-here", "--formats=pdf"), "holds no sweep"),
+    ("export", ("--workdir=/tmp/lcx-nothing-here", "--out=/tmp/a.csv"), "holds no sweep"),
+    ("export", ("--workdir=/tmp/lcx-nothing-here", "--out=/tmp/a.xlsx"), "out="),
+    ("compare", ("a",), "give two workdirs, 1 are given"),
+    ("compare", ("/tmp/lcx-nothing-here", "/tmp/lcx-nothing-there"), "holds no sweep"),
+    ("compare", ("a", "b", "--threshold=-1"), "threshold"),
     ("sweep", ("--lengths=100",), "must be above the continuation of 256 tokens"),
     ("sweep", ("--lengths=512,512",), "each once"),
     ("sweep", ("--config.text=emma",), "text='emma'"),

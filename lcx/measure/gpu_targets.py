@@ -121,7 +121,13 @@ def abstract(tree, target: GpuTarget | None = None):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.result_type(x), **place), tree)
 
 
-def compile_for(target: GpuTarget | None, program, args: Sequence[Any], static: dict[str, Any] | None = None):
+def compile_for(
+    target: GpuTarget | None,
+    program,
+    args: Sequence[Any],
+    static: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+):
     """A jitted program compiled for a target from shapes alone; no array is made.
 
     Args:
@@ -129,6 +135,7 @@ def compile_for(target: GpuTarget | None, program, args: Sequence[Any], static: 
       program: what `jax.jit` returned; its donated arguments stay donated.
       args: arrays, or anything with shape and dtype, in pytrees.
       static: static arguments by name.
+      options: XLA's flags for this compilation, name -> value.
 
     Returns:
       The executable: `memory_analysis()` gives argument, output, alias and temp bytes.
@@ -137,4 +144,5 @@ def compile_for(target: GpuTarget | None, program, args: Sequence[Any], static: 
       UserError: as `compile_device`.
     """
     traced = program.trace(*abstract(tuple(args), target), **(static or {}))
-    return traced.lower(**({} if target is None else {"lowering_platforms": ("cuda",)})).compile()
+    lowered = traced.lower(**({} if target is None else {"lowering_platforms": ("cuda",)}))
+    return lowered.compile(compiler_options=options)

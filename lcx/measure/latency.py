@@ -24,5 +24,6 @@ def timed(call: Callable):
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and 90th percentile in seconds, and how many."""
-    return {"median": float(np.median(seconds)), "p90": float(np.percentile(seconds, 90)), "n": len(seconds)}
+    """Median, 10th and 90th percentile in seconds, and how many."""
+    low, median, high = np.percentile(seconds, [10, 50, 90])
+    return {"median": float(median), "p10": float(low), "p90": float(high), "n": len(seconds)}

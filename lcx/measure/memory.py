@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from lcx.config import ModelConfig, param_shapes
 from lcx.recipe import Aux, Recipe, num_rows
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def reset_peak_rss() -> bool:
@@ -26,6 +28,17 @@ def peak_rss_bytes() -> int | None:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+def machine_bytes() -> int | None:
+    """Memory of this machine, or of the control group that the process is in where that is less; None where neither is told."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):
+        # the file says "max" where there is no limit
+        found.append(int(_CGROUP.read_text()))
+    return min(found, default=None)
 
 
 def weight_bytes(model: ModelConfig, dtype) -> int:

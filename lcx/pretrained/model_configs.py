@@ -27,6 +27,17 @@ GEMMA3_LOCAL_BASE = 10_000.0
 # llama.cpp tells Gemma 3 27B, whose scale is not head_dim ** -0.5, by its number of layers
 GEMMA3_27B_LAYERS = 62
 
+# models that a plan is made for without their weights; sizes of the published config.json files
+SHAPES = {
+    config.name: config
+    for config in (
+        ModelConfig("llama-7b", 32, 4_096, 32, 32, 128, 11_008, 32_000, 2_048, norm_eps=1e-6, tied=False),
+        ModelConfig("llama2-7b", 32, 4_096, 32, 32, 128, 11_008, 32_000, 4_096, tied=False),
+        ModelConfig("llama3-8b", 32, 4_096, 32, 8, 128, 14_336, 128_256, 8_192, rope_base=5e5, tied=False),
+        ModelConfig("llama3-70b", 80, 8_192, 64, 8, 128, 28_672, 128_256, 8_192, rope_base=5e5, tied=False),
+    )
+}
+
 
 class Fields:
     """Typed reads from a mapping of untrusted values; every error names the file, the key and the value."""

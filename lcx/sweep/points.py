@@ -1,100 +1,265 @@
-"""What a sweep measures: one point for each recipe and length, resolved before anything runs."""
+"""What a sweep measures: points, resolved before anything runs, and resolved again from their spec in the process that runs them."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
 
 from lcx.config import ModelConfig
 from lcx.config_files import load_config
 from lcx.errors import UserError
 from lcx.experiment import Experiment, Sweep
+from lcx.sweep.store import Job
+
+TASKS = ("ppl", "longppl", "passkey", "needle", "ruler")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all points of a sweep share.
+
+    Attributes:
+      continuation: tokens scored after the prompt.
+      decode_steps: timed steps of one token.
+      repeats: timed prefills.
+      warmups: untimed prefills before them, and untimed decode steps.
+      text: a name of `lcx.texts`.
+      tasks: further quality figures, of TASKS.
+      samples: of each task.
+      memory_limit: bytes; a point whose predicted peak is above is not run.  None: what the device or the machine has.
+      allow_extrapolation: lengths beyond the model's context.
+    """
+
+    continuation: int = 256
+    decode_steps: int = 24
+    repeats: int = 5
+    warmups: int = 1
+    text: str = "pride_and_prejudice"
+    tasks: tuple[str, ...] = ()
+    samples: int = 10
+    memory_limit: int | None = None
+    allow_extrapolation: bool = False
+
+    def __post_init__(self):
+        for name in ("continuation", "decode_steps", "repeats", "samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.warmups < 0:
+            raise UserError(f"warmups={self.warmups} must be at least 0")
+        for task in self.tasks:
+            if task not in TASKS:
+                raise UserError(f"tasks={task!r}; allowed are {', '.join(TASKS)}")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One recipe at one length.  `length` is prompt + continuation, in tokens."""
+    """One method at one length.  `length` is prompt + continuation, in tokens."""
 
     method: str
     experiment: Experiment
-    length: int
-    continuation: int
-    decode_steps: int
     model: str
-    dtype: str
-    text: str
+    model_sha256: str
+    length: int
+    settings: Settings = field(default_factory=Settings)
+    dtype: str = "float32"
+    batch: int = 1
+    seed: int = 0
+    aux_sha256: str | None = None
 
     @property
     def prompt(self) -> int:
-        return self.length - self.continuation
+        return self.length - self.settings.continuation
 
     @property
     def new_tokens(self) -> int:
         """Tokens that the cache has room for after the prompt."""
-        return self.continuation + self.decode_steps
+        return self.settings.continuation + self.settings.decode_steps + self.settings.warmups + 1
 
     @property
+    def text_tokens(self) -> int:
+        """Tokens of a text that the point reads."""
+        return self.prompt + self.new_tokens + 1
+
+    @cached_property
     def key(self) -> str:
         """Hash of everything that a row depends on, machine and version apart."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+        parts = (self.experiment.recipe, self.experiment.schedule, self.aux_sha256, self.settings, *self.cell)
+        return hashlib.sha256(repr((*parts, self.model_sha256)).encode()).hexdigest()[:16]
+
+    @property
+    def cell(self) -> tuple:
+        """Where the point stands in its sweep."""
+        return (self.method, *self.reference_cell)
+
+    @property
+    def reference_cell(self) -> tuple:
+        """What a point shares with the dense one that it is compared with."""
+        return (self.model, self.dtype, self.batch, self.length, self.seed)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns of a row that are known before it is measured."""
+        return {
+            "method": self.method,
+            "model": self.model,
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "length": self.length,
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "schedule": repr(self.experiment.schedule),
+        }
 
     def check(self, model: ModelConfig) -> None:
         """Raise UserError when the recipe does not suit the model or the prompt."""
-        self.experiment.recipe.check(model, self.experiment.load_aux(model))
+        recipe, schedule = self.experiment.recipe, self.experiment.schedule
+        recipe.check(model, self.experiment.load_aux(model))
         for phase in ("prefill", "decode"):
-            self.experiment.recipe.capacities(phase, self.prompt, self.new_tokens)
-        if self.experiment.recipe.one_shot and len(self.experiment.schedule.steps(self.prompt)) > 1:
+            recipe.capacities(phase, self.prompt, self.new_tokens)
+        if recipe.one_shot and len(schedule.steps(self.prompt)) > 1:
+            raise UserError(f"{self.method} needs the whole prompt at once; schedule {schedule} cuts it")
+        if self.length > model.context and not self.settings.allow_extrapolation:
             raise UserError(
-                f"{self.method} needs the whole prompt at once; schedule {self.experiment.schedule} cuts it"
+                f"length={self.length} tokens is beyond the context of {self.model}, {model.context}; "
+                "shorten it, or pass --allow_extrapolation"
             )
 
 
-def load_experiments(sweep: Sweep) -> dict[str, Experiment]:
-    """Name of the config -> the method.  Raises UserError for a config that is not one."""
-    found = {}
-    for path in sweep.configs:
-        experiment = load_config(path)
-        if not isinstance(experiment, Experiment):
-            raise UserError(f"configs: {path!r} is a sweep; allowed are configs of one method")
-        name = Path(path).stem
-        if name in found:
-            raise UserError(f"configs: {name!r} appears twice")
-        found[name] = experiment
-    if not found:
-        raise UserError("configs=() of the sweep: give at least one")
-    return found
+@dataclass(frozen=True)
+class Loaded:
+    """What resolving needs to know of a model: no weights."""
+
+    config: ModelConfig
+    sha256: str
 
 
-def points(sweep: Sweep, dtype: str, budget: int | None = None, keep_ratio: float | None = None) -> list[Point]:
-    """All points of a sweep, length by length, the first config first: the others are compared with it.
+def aux_digest(experiment: Experiment, model: ModelConfig) -> str | None:
+    """sha256 of a method's arrays, names and values; None where it has none."""
+    aux = experiment.load_aux(model)
+    if aux is None:
+        return None
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def resolve(spec: Mapping[str, Any], loaded: Loaded) -> Point:
+    """The point of a spec: its config is read, budgets become tokens.
+
+    Raises:
+      UserError: a config that is wrong, or one that does not suit the point.
+    """
+    given: dict[str, Any] = {**spec["settings"], "tasks": tuple(spec["settings"]["tasks"])}
+    settings = Settings(**given)
+    experiment = load_config(spec["config"], spec["changes"])
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"configs: {spec['config']!r} is a sweep; allowed are configs of one method")
+    if spec["length"] <= settings.continuation:
+        raise UserError(f"lengths: {spec['length']} must be above the continuation of {settings.continuation} tokens")
+    if spec["chunk_size"] is not None:
+        experiment = experiment.with_chunks(spec["chunk_size"])
+    # what keeps all tokens has no budget to share
+    if experiment.recipe.has_budget:
+        prompt = spec["length"] - settings.continuation
+        experiment = experiment.with_budget(prompt, spec["budget"], spec["keep_ratio"])
+    point = Point(
+        method=Path(spec["config"]).stem,
+        experiment=experiment,
+        model=spec["model"],
+        model_sha256=loaded.sha256,
+        length=spec["length"],
+        settings=settings,
+        dtype=spec["dtype"],
+        batch=spec["batch"],
+        seed=spec["seed"],
+        aux_sha256=aux_digest(experiment, loaded.config),
+    )
+    point.check(loaded.config)
+    return point
+
+
+def specs(
+    sweep: Sweep,
+    settings: Settings,
+    *,
+    models: Sequence[str],
+    dtypes: Sequence[str] = ("float32",),
+    batches: Sequence[int] = (1,),
+    seeds: Sequence[int] = (0,),
+    budget: int | None = None,
+    keep_ratio: float | None = None,
+    changes: Mapping[str, Mapping[str, str]] | None = None,
+) -> list[dict[str, Any]]:
+    """Specs of all points, length by length, the first config first: the others are compared with it.
 
     Args:
       sweep: its `keep_ratio` is the budget of every recipe that has one, unless `budget` or `keep_ratio` say else.
-      dtype: of weights and exact caches.
+      settings: shared by all.
+      models, dtypes, batches, seeds: every combination is run.
       budget: tokens per KV head.
       keep_ratio: fraction of the prompt.
+      changes: path of a config -> changes of its fields.
 
     Raises:
-      UserError: lengths that do not fit, or configs that are wrong.
+      UserError: nothing to run, or something twice.
     """
     if budget is None and keep_ratio is None:
         keep_ratio = sweep.keep_ratio
-    if sweep.decode_steps < 1 or sweep.continuation < 1:
-        raise UserError(f"decode_steps={sweep.decode_steps} and continuation={sweep.continuation} must be at least 1")
-    if not sweep.lengths or len(set(sweep.lengths)) < len(sweep.lengths):
-        raise UserError(f"lengths={sweep.lengths}: give at least one, each once")
-    result = []
-    for length in sweep.lengths:
-        if length <= sweep.continuation:
-            raise UserError(f"lengths: {length} must be above the continuation of {sweep.continuation} tokens")
-        for name, experiment in load_experiments(sweep).items():
-            prompt = length - sweep.continuation
-            if sweep.chunk_size is not None:
-                experiment = experiment.with_chunks(sweep.chunk_size)
-            # what keeps all tokens has no budget to share
-            if experiment.recipe.has_budget:
-                experiment = experiment.with_budget(prompt, budget, keep_ratio)
-            shape = (length, sweep.continuation, sweep.decode_steps, sweep.model, dtype, sweep.text)
-            result.append(Point(name, experiment, *shape))
+    axes = {"lengths": sweep.lengths, "models": models, "dtypes": dtypes, "batches": batches, "seeds": seeds}
+    for name, values in axes.items():
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"{name}={tuple(values)}: give at least one, each once")
+    if not sweep.configs:
+        raise UserError("configs=() of the sweep: give at least one")
+    names = [Path(path).stem for path in sweep.configs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"configs: {name!r} appears twice")
+    plain = json.loads(json.dumps(settings.__dict__))
+    return [
+        {
+            "config": str(path),
+            "changes": dict((changes or {}).get(str(path), {})),
+            "settings": plain,
+            "model": model,
+            "dtype": dtype,
+            "batch": batch,
+            "seed": seed,
+            "length": length,
+            "budget": budget,
+            "keep_ratio": keep_ratio,
+            "chunk_size": sweep.chunk_size,
+        }
+        for model in models
+        for dtype in dtypes
+        for batch in batches
+        for seed in seeds
+        for length in sweep.lengths
+        for path in sweep.configs
+    ]
+
+
+def jobs(found: Sequence[Mapping[str, Any]], models: Mapping[str, Loaded]) -> list[tuple[Point, Job]]:
+    """(point, job) of each spec.  Raises UserError for a point that cannot run; nothing has been compiled then."""
+    result: list[tuple[Point, Job]] = []
+    dense: dict[tuple, tuple[str, Mapping[str, Any]]] = {}
+    for spec in found:
+        point = resolve(spec, models[spec["model"]])
+        # the first method of each cell is what the others are compared with
+        key, reference = dense.get(point.reference_cell, (None, None))
+        dense.setdefault(point.reference_cell, (point.key, spec))
+        recipe = f"{point.experiment.recipe!r} {point.aux_sha256 or ''}".strip()
+        whole = {**spec, "reference": reference, "recipe": recipe, "columns": point.columns}
+        group = f"{point.model} {point.dtype} {point.batch} {point.method}"
+        result.append((point, Job(point.key, whole, group, key)))
     return result

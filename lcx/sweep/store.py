@@ -1,61 +1,285 @@
-"""Rows on disk: one SQLite file, one transaction a row, so that a killed sweep loses nothing it had finished."""
+"""Points and their rows on disk: one SQLite file that several processes of a machine share.
+
+Every point is there from the start with its status.  A claim is one transaction, a row another, synced before it counts: a killed sweep
+loses nothing it had finished, and no point runs twice at a time.  WAL needs one machine: jobs on other machines hand their rows to the
+process that submitted them.  This module imports no JAX.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sqlite3
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lcx.errors import UserError
+from lcx.sweep.schema import STATUSES, VERSION, Row
 
-SCHEMA = 1
+FILE = "rows.sqlite"
+STALE_S = 60.0  # a claim of another machine without a heartbeat for so long is taken over
+OPEN = ("todo", "running")
+
+_TABLE = f"""
+CREATE TABLE IF NOT EXISTS points (
+  key TEXT PRIMARY KEY, place INTEGER NOT NULL, spec TEXT NOT NULL, grp TEXT NOT NULL, reference TEXT,
+  status TEXT NOT NULL DEFAULT 'todo' CHECK (status IN {OPEN + STATUSES}),
+  row TEXT, owner TEXT, host TEXT, pid INTEGER, born TEXT, heartbeat REAL
+) STRICT
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A point as scheduler and store know it.
+
+    Attributes:
+      key: hash of the point.
+      spec: JSON of what the child needs to resolve the same point.
+      group: jobs of one group may share a child that was started for one of them.
+      reference: key of the point that must have ended before this one starts, or None.
+    """
+
+    key: str
+    spec: Mapping[str, Any] = field(hash=False)
+    group: str = ""
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A worker that claims points: process, its start time (a process number is used again), and a name within it."""
+
+    name: str
+    host: str
+    pid: int
+    born: str
+
+    @classmethod
+    def here(cls, worker: int = 0) -> Owner:
+        pid = os.getpid()
+        return cls(f"{socket.gethostname()}:{pid}:{worker}", socket.gethostname(), pid, process_start(pid) or "")
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine began, in ticks since boot; None where there is none (or the system does not tell)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _alive(pid: int, born: str) -> bool:
+    if Path("/proc/self/stat").exists():
+        return process_start(pid) == born
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class Store:
-    """Rows by key in `<workdir>/rows.sqlite`.
+    """The points of a sweep in `<workdir>/rows.sqlite`.
 
     Raises:
-      UserError: the folder cannot be written, or the file is not such a store or one of another version.
+      UserError: the folder cannot be written, or the file is damaged, no such store, or one of another version.
     """
 
-    def __init__(self, workdir: Path):
-        self.path = workdir / "rows.sqlite"
+    def __init__(self, workdir: Path, create: bool = True):
+        self.path = workdir / FILE
+        if not create and not self.path.exists():
+            raise UserError(f"workdir={str(workdir)!r} holds no sweep: there is no {FILE}")
         try:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"workdir={str(workdir)!r} cannot be made: {error.strerror}") from None
         with self._open() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, SCHEMA):
-                raise UserError(f"workdir: {self.path} has schema {version}, this version reads {SCHEMA}")
-            db.execute("CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, row TEXT NOT NULL) STRICT")
-            db.execute(f"PRAGMA user_version = {SCHEMA}")
+            if version not in (0, VERSION):
+                raise UserError(
+                    f"workdir: {self.path} has schema {version}, this version reads {VERSION}; give another --workdir"
+                )
+            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise UserError(_damaged(self.path, found))
+            db.execute(_TABLE)
+            db.execute(f"PRAGMA user_version = {VERSION}")
 
     @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
+    def _open(self, needed: int = 0) -> Iterator[sqlite3.Connection]:
         db = None
         try:
-            db = sqlite3.connect(self.path, timeout=30)
+            db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
-            with db:
-                yield db
-        except sqlite3.Error as error:
-            raise UserError(f"workdir: {self.path} cannot be used: {error}; give another --workdir") from None
+            db.execute("BEGIN IMMEDIATE")
+            yield db
+            db.execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            raise UserError(_explain(self.path, error, needed)) from None
         finally:
             if db is not None:
+                # an open transaction is rolled back
                 db.close()
 
-    def put(self, key: str, row: Mapping[str, Any]) -> None:
-        """Write a row; it is on disk when this returns.  A key that is there already keeps its row."""
-        with self._open() as db:
-            text = json.dumps(row, allow_nan=False)
-            db.execute("INSERT INTO rows VALUES (?, ?) ON CONFLICT DO NOTHING", (key, text))
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Put the jobs there that are missing, in their order; what is there keeps its row."""
+        with self._open(sum(len(json.dumps(j.spec)) for j in jobs)) as db:
+            for place, j in enumerate(jobs):
+                db.execute(
+                    "INSERT INTO points (key, place, spec, grp, reference) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                    (j.key, place, json.dumps(j.spec, sort_keys=True), j.group, j.reference),
+                )
 
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """Key -> row, in the order in which they were written."""
+    def take(self, other: Store) -> None:
+        """Copy the rows of points that both stores have and this one has not run."""
+        rows = {job.key: (status, row) for job, status, row in other.points() if row is not None}
+        with self._open(sum(len(json.dumps(row)) for _, row in rows.values())) as db:
+            for key, (status, row) in rows.items():
+                db.execute(
+                    "UPDATE points SET status = ?, row = ? WHERE key = ? AND row IS NULL",
+                    (status, json.dumps(row, sort_keys=True), key),
+                )
+
+    def claim(self, owner: Owner, group: str | None = None) -> Job | None:
+        """Take the next point that nobody has and whose reference has ended, one of `group` first; None: there is none now."""
         with self._open() as db:
-            return {key: json.loads(row) for key, row in db.execute("SELECT key, row FROM rows ORDER BY rowid")}
+            self._free_dead(db)
+            found = db.execute(
+                "SELECT key, spec, grp, reference FROM points AS p WHERE status = 'todo' AND (reference IS NULL OR NOT EXISTS "
+                "(SELECT 1 FROM points AS r WHERE r.key = p.reference AND r.status IN ('todo', 'running'))) "
+                "ORDER BY grp IS NOT ?, place LIMIT 1",
+                (group,),
+            ).fetchone()
+            if found is None:
+                return None
+            key, spec, grp, reference = found
+            db.execute(
+                "UPDATE points SET status = 'running', owner = ?, host = ?, pid = ?, born = ?, heartbeat = ? WHERE key = ?",
+                (owner.name, owner.host, owner.pid, owner.born, time.time(), key),
+            )
+            return Job(key, json.loads(spec), grp, reference)
+
+    @staticmethod
+    def _free_dead(db: sqlite3.Connection) -> None:
+        here, now = socket.gethostname(), time.time()
+        for key, host, pid, born, beat in db.execute(
+            "SELECT key, host, pid, born, heartbeat FROM points WHERE status = 'running'"
+        ).fetchall():
+            if (not _alive(pid, born)) if host == here else (now - beat > STALE_S):
+                db.execute("UPDATE points SET status = 'todo', owner = NULL WHERE key = ?", (key,))
+
+    def beat(self, owner: Owner) -> None:
+        """Say that the owner of its claims still lives."""
+        with self._open() as db:
+            db.execute(
+                "UPDATE points SET heartbeat = ? WHERE owner = ? AND status = 'running'", (time.time(), owner.name)
+            )
+
+    def release(self, owner: Owner) -> None:
+        """Give back what the owner has claimed and not finished."""
+        with self._open() as db:
+            db.execute(
+                "UPDATE points SET status = 'todo', owner = NULL WHERE owner = ? AND status = 'running'", (owner.name,)
+            )
+
+    def finish(self, owner: Owner, key: str, row: Row) -> bool:
+        """Write the row of a claimed point; it is on disk when this returns.  False: the claim was lost, nothing is written."""
+        if row["status"] not in STATUSES:
+            raise ValueError(f"status={row['status']!r} is not one of {STATUSES}")
+        text = json.dumps(row, allow_nan=False, sort_keys=True)
+        with self._open(len(text)) as db:
+            done = db.execute(
+                "UPDATE points SET status = ?, row = ?, owner = NULL WHERE key = ? AND owner = ? AND status = 'running'",
+                (row["status"], text, key, owner.name),
+            )
+            return done.rowcount == 1
+
+    def reset(self, statuses: Sequence[str]) -> int:
+        """Make points that ended so ready to run again; how many."""
+        marks = ",".join("?" * len(statuses))
+        with self._open() as db:
+            query = f"UPDATE points SET status = 'todo', row = NULL WHERE status IN ({marks})"  # noqa: S608, marks only
+            return db.execute(query, tuple(statuses)).rowcount
+
+    def unfinished(self) -> int:
+        with self._open() as db:
+            return db.execute("SELECT COUNT(*) FROM points WHERE status IN ('todo', 'running')").fetchone()[0]
+
+    def jobs(self) -> list[Job]:
+        """All points in their order."""
+        with self._open() as db:
+            found = db.execute("SELECT key, spec, grp, reference FROM points ORDER BY place").fetchall()
+        return [Job(key, json.loads(spec), grp, reference) for key, spec, grp, reference in found]
+
+    def rows(self) -> dict[str, Row]:
+        """Key -> row of every point that has ended, in the sweep's order."""
+        with self._open() as db:
+            found = db.execute("SELECT key, row FROM points WHERE row IS NOT NULL ORDER BY place").fetchall()
+        return {key: json.loads(row) for key, row in found}
+
+    def points(self) -> list[tuple[Job, str, Row | None]]:
+        """(job, status, row or None) of every point, in the sweep's order."""
+        with self._open() as db:
+            found = db.execute("SELECT key, spec, grp, reference, status, row FROM points ORDER BY place").fetchall()
+        return [
+            (Job(key, json.loads(spec), grp, reference), status, None if row is None else json.loads(row))
+            for key, spec, grp, reference, status, row in found
+        ]
+
+
+def salvage(path: Path) -> list[tuple[Job, str, Row | None]]:
+    """What can still be read of a damaged store, row by row; nothing is written to it."""
+    found = []
+    db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+    try:
+        count = db.execute("SELECT MAX(rowid) FROM points").fetchone()[0] or 0
+    except sqlite3.DatabaseError:
+        count = 100_000
+    broken = 0
+    for rowid in range(1, count + 1):
+        try:
+            got = db.execute(
+                "SELECT key, spec, grp, reference, status, row FROM points WHERE rowid = ?", (rowid,)
+            ).fetchone()
+            if got is not None:
+                key, spec, grp, reference, status, row = got
+                row = None if row is None else json.loads(row)
+                found.append((Job(key, json.loads(spec), grp, reference), status, row))
+        except (sqlite3.DatabaseError, ValueError):
+            broken += 1
+            if broken > 1_000:
+                # not a single page is readable from here on
+                break
+    db.close()
+    return found
+
+
+def _damaged(path: Path, what: str) -> str:
+    what = " ".join(str(what).split())
+    return (
+        f"workdir: {path} is damaged ({what}); python -m experiments.export --salvage --workdir={path.parent} --out=FILE.csv "
+        "writes what is readable; then give another --workdir"
+    )
+
+
+def _explain(path: Path, error: sqlite3.Error, needed: int) -> str:
+    name = getattr(error, "sqlite_errorname", "") or ""
+    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+        # WAL, page and index around the text of the row
+        room = needed + 64 * 1024
+        return (
+            f"workdir: {path} cannot be written ({error}): about {room:,} bytes are needed; rows before this one are safe, "
+            "free some room and run the same command again"
+        )
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return _damaged(path, str(error))
+    return f"workdir: {path} cannot be used: {error}; give another --workdir"

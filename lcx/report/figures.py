@@ -1,0 +1,364 @@
+"""Figures of a sweep's rows, for pages, files and notebooks.
+
+Rows are dicts as `runner.read_rows` or `runner.run_here` give.  Each function makes a figure, one row of panels for each model, type and
+batch, or draws one of these on axes that are given.  Seeds are averaged; bars span them.  A point that failed is a cross on top, at its
+length, with its status.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+
+from lcx.errors import UserError, nearest
+from lcx.report import axes
+from lcx.report.axes import INK, Label, Picture
+from lcx.report.escape import plot_text
+from lcx.report.heat import needle as needle
+from lcx.report.source import has_failed, write
+from lcx.sweep.schema import Row
+
+Rows = Sequence[Row]
+Looks = dict[str, axes.Style]
+Draw = Callable[[Axes, Rows, Looks], list[Label]]  # returns labels to place once the panels have their sizes
+FORMATS = (".png", ".svg")
+MOST_FACETS = 6  # rows of panels that a figure has at most
+MOST_METHODS = 40  # that a figure draws; the legend counts the others
+LABEL = {"kl": "KL(dense || method), nats a token", "nll_minus_dense": "NLL - dense's, nats a token"}
+
+
+def facet_title(facet: tuple[Any, Any, Any], rows: Rows, longest: int = 60) -> str:
+    model, dtype, batch = facet
+    devices = list(dict.fromkeys(r["device"] for r in rows if r["device"]))
+    words = (model, dtype, f"batch {batch}" if batch != 1 else "", *devices)
+    return plot_text(", ".join(str(word) for word in words if word), longest)
+
+
+def memory(rows: Rows, ax: Axes | None = None, looks: Looks | None = None) -> Figure:
+    """Bytes of the KV cache against context length."""
+
+    return _figure(rows, [_cache], None if ax is None else [ax], looks)
+
+
+def peak(rows: Rows, ax: Axes | None = None, looks: Looks | None = None, capacity: Sequence[str] = ()) -> Figure:
+    """Predicted peak memory against context length, with the memory of GPUs.
+
+    Args:
+      rows, ax, looks: as in the other figures.
+      capacity: names of `lcx.measure.gpu_targets.TARGETS`.
+
+    Raises:
+      UserError: no such GPU.
+    """
+    lines = capacities(capacity)
+
+    def draw(ax: Axes, rows: Rows, looks: Looks) -> list[Label]:
+        failed = [r for r in rows if has_failed(r) and (r["peak_bytes"] or 0) > 0 and (r["length"] or 0) > 0]
+        _against_length(ax, rows, looks, "peak_bytes", extra=[*lines.values(), *(r["peak_bytes"] for r in failed)])
+        for r in failed:
+            ax.plot([r["length"]], [r["peak_bytes"]], "x", color=looks[r["method"]].color, markersize=7, mew=2)
+        ax.set_ylabel("peak memory, predicted")
+        for name, size in lines.items():
+            ax.axhline(size, color=INK, linestyle=(0, (6, 3)), linewidth=1)
+            note = f"{name}, {axes.bytes_text(size)}"
+            ax.annotate(
+                note,
+                (0.01, size),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        return []
+
+    return _figure(rows, [draw], None if ax is None else [ax], looks)
+
+
+def capacities(names: Sequence[str]) -> dict[str, int]:
+    """Memory of GPUs in bytes.  Raises UserError for a name that there is none of."""
+    if not names:
+        return {}
+    from lcx.measure.gpu_targets import TARGETS
+
+    for name in names:
+        if name not in TARGETS:
+            raise UserError(f"capacity={name!r}: allowed are {', '.join(TARGETS)}{nearest(name, TARGETS)}")
+    return {name: TARGETS[name].memory_bytes for name in names}
+
+
+def latency(rows: Rows, ax: Sequence[Axes] | None = None, looks: Looks | None = None) -> Figure:
+    """Time to first token and time of a decode step against context length; `ax`: one for each."""
+    return _figure(rows, [_ttft, _decode], ax, looks)
+
+
+def _cache(ax: Axes, rows: Rows, looks: Looks) -> list[Label]:
+    _against_length(ax, rows, looks, "cache_bytes")
+    ax.set_ylabel("KV cache")
+    return []
+
+
+def _ttft(ax: Axes, rows: Rows, looks: Looks) -> list[Label]:
+    _against_length(ax, rows, looks, "ttft_s", "ttft_p10_s", "ttft_p90_s")
+    ax.set_ylabel("time to first token")
+    return []
+
+
+def _decode(ax: Axes, rows: Rows, looks: Looks, spread: bool = True) -> list[Label]:
+    low, high = ("decode_p10_s", "decode_p90_s") if spread else ("", "")
+    _against_length(ax, rows, looks, "decode_s", low, high)
+    ax.set_ylabel("decode, a step")
+    return []
+
+
+def pareto(rows: Rows, ax: Axes | None = None, length: int | None = None, looks: Looks | None = None) -> Figure:
+    """Quality against bytes of the cache at one length, by default the longest that has both.
+
+    A method is on the front, and filled, when none with as few bytes is as good.  Dense is the line at its bytes.
+    """
+
+    def draw(ax: Axes, rows: Rows, looks: Looks) -> list[Label]:
+        return _pareto(ax, rows, looks, length)
+
+    return _figure(rows, [draw], None if ax is None else [ax], looks, legend=False, width=6.2, height=4.4)
+
+
+def pareto_lengths(rows: Rows) -> list[int]:
+    """Lengths at which `pareto` has something to show, shortest first."""
+    quality = _quality(rows)
+    found = {
+        r["length"] for r in rows if r["status"] == "ok" and r["cache_bytes"] and r[quality] is not None and r["length"]
+    }
+    return sorted(n for n in found if n > 0)
+
+
+def overview(rows: Rows, looks: Looks | None = None) -> Figure:
+    """The three questions in one picture: memory, decode time, and quality against memory at the longest length."""
+
+    return _figure(
+        rows, [_cache, functools.partial(_decode, spread=False), _pareto], None, looks, width=4.35, height=4.0
+    )
+
+
+def every(rows: Rows, capacity: Sequence[str] = ()) -> dict[str, Figure]:
+    """Name -> figure: all that the rows have something for."""
+    found = {
+        "overview": overview(rows),
+        "memory": memory(rows),
+        "peak": peak(rows, capacity=capacity),
+        "latency": latency(rows),
+        "pareto": pareto(rows),
+        "needle": needle(rows),
+    }
+    return {name: fig for name, fig in found.items() if fig is not None}
+
+
+def save(fig: Figure, path: Path | str) -> None:
+    """Write a figure, PNG or SVG by the name's end, the same bytes for the same rows.
+
+    Raises:
+      UserError: another format, or a file that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise UserError(f"out={str(path)!r}: allowed are names that end in {' or '.join(FORMATS)}")
+    write(path, render(fig, path.suffix[1:]))
+
+
+def render(fig: Figure, form: str, text_as_paths: bool = True, facecolor: str = "white") -> bytes:
+    """The figure as PNG or SVG, without date; text of an SVG as paths, which look the same everywhere, or as text."""
+    out = BytesIO()
+    metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
+    settings = {"svg.hashsalt": "lcx", "svg.fonttype": "path" if text_as_paths else "none"}
+    with axes.quiet(), matplotlib.rc_context(settings):
+        fig.savefig(out, format=form, dpi=110, metadata=metadata, facecolor=facecolor)
+    return out.getvalue()
+
+
+def _figure(
+    rows: Rows,
+    draws: Sequence[Draw],
+    given: Sequence[Axes] | None,
+    looks: Looks | None,
+    legend: bool = True,
+    width: float = 4.9,
+    height: float = 3.7,
+) -> Figure:
+    """Panels side by side, a row of them for each facet; or the panels of one facet on the axes that are given."""
+    groups = axes.facets(rows)
+    looks = axes.styles(rows) if looks is None else looks
+    if given is not None:
+        if len(groups) > 1 or len(given) != len(draws):
+            raise UserError(
+                f"ax: rows hold {len(groups)} combinations of model, dtype and batch; give rows of one, and {len(draws)} axes"
+            )
+        for ax, draw in zip(given, draws, strict=True):
+            axes.label_points(ax, draw(ax, rows, looks))
+        return cast(Figure, given[0].get_figure(root=True))
+    shown = dict(list(groups.items())[:MOST_FACETS])
+    with axes.styled():
+        wide = width * len(draws)
+        methods = list(dict.fromkeys(r["method"] for own in shown.values() for r in own))
+        drawn = set(methods[:MOST_METHODS])
+        high = height * max(len(shown), 1) + 0.1 + (0.2 * _legend_lines(methods, wide) if methods and legend else 0)
+        fig = Picture(figsize=(wide, high), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
+        if not shown:
+            fig.text(0.5, 0.5, "no points", ha="center")
+            return fig
+        panels = fig.subplots(len(shown), len(draws), squeeze=False)
+        labels: list[tuple[Axes, list[Label]]] = []
+        for line, (facet, own) in zip(panels, shown.items(), strict=True):
+            title = facet_title(facet, own, int(wide * 13))
+            line[0].set_title(title, loc="left", fontsize=9.5)
+            own = [r for r in own if r["method"] in drawn]
+            labels += [(ax, draw(ax, own, looks)) for ax, draw in zip(line, draws, strict=True)]
+        if legend:
+            _legend(fig, methods, looks)
+        # only now do the panels have their sizes
+        for ax, of_panel in labels:
+            axes.label_points(ax, of_panel)
+    return fig
+
+
+def _legend(fig: Figure, methods: Sequence[str], looks: Looks) -> None:
+    # matplotlib leaves names that begin with _ out of a legend
+    names = [f" {name}" if name.startswith("_") else name for name in _names(methods)]
+    handles = [Line2D([], [], **looks[m].plot) for m in methods[:MOST_METHODS]]
+    handles += [Line2D([], [], linestyle="none") for _ in names[len(handles) :]]
+    columns = -(-len(names) // _legend_lines(methods, fig.get_figwidth()))
+    fig.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9, columnspacing=1.4)
+
+
+def _legend_lines(methods: Sequence[str], width: float) -> int:
+    """Lines that the legend takes in a figure of this width in inches."""
+    names = _names(methods)
+    widest = 0.075 * max(len(name) for name in names) + 0.6
+    return -(-len(names) // max(1, int(width / widest)))
+
+
+def _names(methods: Sequence[str]) -> list[str]:
+    """The legend's names; the last one counts what is not drawn."""
+    more = len(methods) - MOST_METHODS
+    return [plot_text(m, 30) for m in methods[:MOST_METHODS]] + ([f"and {more:,} more, not drawn"] if more > 0 else [])
+
+
+def _against_length(
+    ax: Axes, rows: Rows, looks, name: str, low: str = "", high: str = "", extra: Sequence[float] = ()
+) -> None:
+    """One line a method, both axes logarithmic; `extra` are further values that must be seen."""
+    values = list(extra)
+    lengths = {r["length"] for r in rows if (r["length"] or 0) > 0}
+    for method, look in looks.items():
+        spots = [s for s in axes.curve(rows, method, name, low, high) if s.low > 0]
+        if not spots:
+            continue
+        x, y = [s.length for s in spots], [s.mean for s in spots]
+        ax.plot(x, y, **look.plot, zorder=3)
+        if any(s.low < s.high for s in spots):
+            ax.errorbar(x, y, axes.bars(spots), fmt="none", ecolor=look.color, elinewidth=1.2, alpha=0.5)
+        values += [v for s in spots for v in (s.low, s.high)]
+    if lengths:
+        axes.length_axis(ax, sorted(lengths))
+    if values:
+        in_bytes = name.endswith("_bytes")
+        text = axes.bytes_text if in_bytes else axes.seconds_text
+        axes.log_axis(ax, "y", min(values), max(values), text, 2 if in_bytes else 10, axes.failure_room(rows))
+    else:
+        _nothing(ax, "no point has this value")
+    axes.mark_failures(ax, rows, looks)
+
+
+def _nothing(ax: Axes, why: str) -> None:
+    ax.set_yticks([])
+    ax.text(0.5, 0.4, why, transform=ax.transAxes, ha="center", fontsize=9, color=INK)
+
+
+def _quality(rows: Rows) -> str:
+    """KL where the sweep has it, else the difference of NLL."""
+    return "kl" if any(r["kl"] for r in rows if r["status"] == "ok") else "nll_minus_dense"
+
+
+def _pareto(ax: Axes, rows: Rows, looks: Looks, length: int | None = None) -> list[Label]:
+    found = pareto_lengths(rows)
+    length = length or (found[-1] if found else None)
+    own = [r for r in rows if r["length"] == length]
+    axes.list_failures(ax, own, looks)
+    if length not in found:
+        _nothing(ax, "no point has bytes and quality" if length is None else f"none at {length:,} tokens")
+        return []
+    quality, reference = _quality(rows), axes.reference_of(rows)
+    spots = {m: (axes.curve(own, m, "cache_bytes"), axes.curve(own, m, quality)) for m in looks}
+    spots = {m: (x[0], y[0]) for m, (x, y) in spots.items() if x and y and x[0].mean > 0}
+    log = quality == "kl"
+    # a log axis has no zero: what equals dense stands on the lower edge
+    positive = [v for m, (_, y) in spots.items() if m != reference for v in (y.low, y.high) if v > 0]
+    floor = min(positive) / 2 if positive else 1e-6
+    heights = {m: max(y.mean, floor) if log else y.mean for m, (_, y) in spots.items()}
+    sizes = [x.mean for x, _ in spots.values()]
+    axes.log_axis(ax, "x", min(sizes), max(sizes), axes.bytes_text, 2, pad=0.2)
+    if log:
+        axes.log_axis(ax, "y", floor, max(positive, default=2 * floor), axes.number_text, 10, axes.failure_room(own))
+    else:
+        ax.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+        ax.margins(y=0.15)
+    others = [m for m in spots if m != reference]
+    front = front_of({m: (spots[m][0].mean, spots[m][1].mean) for m in others})
+    steps = [(spots[b][0].mean, heights[a]) for a, b in itertools.pairwise(front)]
+    corners = [(spots[m][0].mean, heights[m]) for m in front]
+    path = [p for pair in itertools.zip_longest(corners, steps) for p in pair if p is not None]
+    ax.plot([x for x, _ in path], [y for _, y in path], color="#808080", lw=1, ls="--")
+    labels = []
+    for m in others:
+        x, y = spots[m]
+        filled = looks[m].color if m in front else "none"
+        ax.plot(
+            [x.mean],
+            [heights[m]],
+            **looks[m].plot | {"linestyle": "none", "markerfacecolor": filled, "markersize": 7},
+            zorder=3,
+        )
+        if y.low < y.high:
+            bar = [[heights[m] - max(y.low, floor) if log else y.mean - y.low], [y.high - heights[m]]]
+            ax.errorbar(
+                [x.mean], [heights[m]], bar, fmt="none", ecolor=looks[m].color, elinewidth=1, capsize=2, alpha=0.7
+            )
+        labels.append(Label(x.mean, heights[m], f"{m}: 0" if log and y.mean <= 0 else m, looks[m].color))
+    if reference in spots:
+        _reference_line(ax, reference, spots[reference][0].mean)
+    ax.set(xlabel=f"KV cache at {length:,} tokens (filled: Pareto front)", ylabel=LABEL[quality])
+    return labels
+
+
+def front_of(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Names of the (bytes, loss) that no other beats or equals in both, fewest bytes first."""
+    front, best = [], math.inf
+    for name, (_, loss) in sorted(points.items(), key=lambda p: p[1]):
+        if loss < best:
+            front.append(name)
+            best = loss
+    return front
+
+
+def _reference_line(ax: Axes, name: str, x: float) -> None:
+    ax.axvline(x, color=INK, linestyle=":", linewidth=1.2)
+    ax.annotate(
+        plot_text(f"{name} (0)"),
+        (x, 0.02),
+        xycoords=("data", "axes fraction"),
+        xytext=(-3, 0),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va="bottom",
+        fontsize=8.5,
+    ).set_in_layout(False)

@@ -1,0 +1,126 @@
+"""A sweep as it is read for a report: its rows, its jobs and its runs, every value of its column's kind or missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcx.errors import UserError
+from lcx.sweep.schema import BY_NAME, RATIOS, Row, ratios, whole_row
+from lcx.sweep.store import FILE, OPEN, Job, Store, salvage
+
+Points = Sequence[tuple[Job, str, Row | None]]
+LARGEST = 2**63  # what a 64-bit column holds
+
+
+@dataclass(frozen=True)
+class Source:
+    """A sweep.
+
+    Attributes:
+      workdir: where it lies.
+      jobs: of its points, in the sweep's order.
+      rows: whole rows with ratio columns, as `runner.read_rows` gives, in the same order.
+      runs: records of run.json.
+      odd: values that were not of their column's kind and are left out.
+    """
+
+    workdir: Path
+    jobs: list[Job]
+    rows: list[Row]
+    runs: list[dict[str, Any]]
+    odd: int = 0
+
+
+def load(workdir: Path, damaged: bool = False) -> Source:
+    """Read a sweep.
+
+    Args:
+      workdir: of the sweep.
+      damaged: read what can be read, row by row.
+
+    Raises:
+      UserError: no sweep there, or one that is damaged while `damaged` is not set.
+    """
+    if damaged:
+        path = workdir / FILE
+        if not path.is_file():
+            raise UserError(f"workdir={str(workdir)!r} holds no sweep: there is no {FILE}")
+        points = salvage(path)
+        if not points:
+            raise UserError(f"workdir={str(workdir)!r}: nothing of {FILE} is readable")
+    else:
+        points = Store(workdir, create=False).points()
+    rows, odd = whole_rows(points)
+    return Source(workdir, [job for job, _, _ in points], rows, _runs(workdir / "run.json"), odd)
+
+
+def whole_rows(points: Points) -> tuple[list[Row], int]:
+    """(whole rows with ratios, values left out); as `runner.read_rows`, and a point may lack its reference."""
+    odd, found = 0, {}
+    for job, status, row in points:
+        columns = job.spec.get("columns") if isinstance(job.spec, Mapping) else None
+        columns = columns if isinstance(columns, Mapping) else {}
+        whole = whole_row(job.key, columns, status, row if isinstance(row, Mapping) else None)
+        fit = {name: typed(value, BY_NAME[name].kind) for name, value in whole.items()}
+        odd += sum(fit[name] is None and value is not None for name, value in whole.items())
+        found[job.key] = fit
+    rows = []
+    for job, _, row in points:
+        dense = found.get(job.reference or job.key) if row else None
+        rows.append(found[job.key] | ratios(found[job.key], dense))
+    return rows, odd
+
+
+def typed(value: Any, kind: str) -> Any:
+    """The value if it is of this kind of column, else None."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind == "json":
+        return value
+    if kind == "str":
+        return value if isinstance(value, str) else None
+    if kind == "int":
+        return value if number and isinstance(value, int) and abs(value) < LARGEST else None
+    return value if number and abs(value) < LARGEST else None
+
+
+def _runs(path: Path) -> list[dict[str, Any]]:
+    """The records of run.json, or none where it is missing or damaged: a report needs the rows alone."""
+    try:
+        runs = json.loads(path.read_text())["runs"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
+
+
+def has_failed(row: Mapping[str, Any]) -> bool:
+    """Whether the point has ended, and not well."""
+    return row["status"] not in ("ok", *OPEN)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+      UserError: it cannot be written; says how many bytes are needed.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"out={str(path)!r} cannot be written: {error.strerror}; {len(content):,} bytes are needed"
+        ) from None
+
+
+ALL_COLUMNS = (*BY_NAME.values(), *RATIOS)

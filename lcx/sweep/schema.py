@@ -1,0 +1,122 @@
+"""Columns of a row: what each means, its unit, and whether it is measured (another run may give another value)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+VERSION = 2  # of rows and store; a store of another version is refused
+
+# how a point can end; none of them stops a sweep
+STATUSES = ("ok", "oom_predicted", "oom", "killed", "timeout", "nonfinite", "error")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """`kind`: str, int, float or json.  `measured`: depends on the machine and the moment."""
+
+    name: str
+    kind: str
+    meaning: str
+    measured: bool = False
+
+
+def _xla(phase: str) -> tuple[Column, ...]:
+    kinds = {
+        "argument": "arguments: one layer's weights, its cache and the step's activations",
+        "output": "results",
+        "alias": "results that are written in place of arguments (the donated cache)",
+        "temp": "scratch beside arguments and results",
+        "peak": "arguments + results + scratch - alias",
+    }
+    what = f"of the largest {phase} program (one layer), by XLA's buffer assignment, bytes"
+    return tuple(Column(f"{phase}_{kind}_bytes", "int", f"{meaning}; {what}") for kind, meaning in kinds.items())
+
+
+COLUMNS = (
+    Column("key", "str", "hash of the resolved point"),
+    Column("status", "str", f"one of {', '.join(STATUSES)}; todo or running where there is no row yet"),
+    Column("message", "str", "why the point is not ok; where the first value that is not finite stood"),
+    Column("method", "str", "name of the config"),
+    Column("model", "str", "name, path or hub id"),
+    Column("dtype", "str", "of weights, activations and exact caches"),
+    Column("batch", "int", "texts side by side"),
+    Column("length", "int", "context: prompt and continuation, tokens"),
+    Column("prompt", "int", "tokens read by the prefill"),
+    Column("seed", "int", "which passages of the text; 0: its start"),
+    Column("schedule", "str", "how the prompt is read"),
+    Column("ttft_s", "float", "time to first token: prefill with the last token's logits, median over ttft_n, s", True),
+    Column("ttft_p10_s", "float", "10th percentile, s", True),
+    Column("ttft_p90_s", "float", "90th percentile, s", True),
+    Column("ttft_n", "int", "timed prefills, after `warmups` untimed ones"),
+    Column(
+        "warmups", "int", "untimed prefills before; as many untimed decode steps and one more come before the timed"
+    ),
+    Column("prefill_tokens_per_s", "float", "batch x prompt / ttft_s", True),
+    Column("continuation_s", "float", "one step that reads the whole continuation, s", True),
+    Column("decode_s", "float", "one step of one token a text, median over decode_n, s", True),
+    Column("decode_p10_s", "float", "10th percentile, s", True),
+    Column("decode_p90_s", "float", "90th percentile, s", True),
+    Column("decode_n", "int", "timed decode steps"),
+    Column("compile_s", "float", "tracing and compiling ahead of all programs, s", True),
+    Column("compile_cache_hits", "int", "programs that the persistent compile cache had already", True),
+    Column("programs", "int", "distinct programs of layers"),
+    Column("cache_bytes", "int", "device bytes of all cache arrays after the prompt; room for the new tokens included"),
+    Column("recipe_bytes", "int", "the same as recipe.bytes predicts it"),
+    Column("segment_bytes", "json", "cache_bytes by segment: name -> [arrays, predicted]"),
+    Column("peak_cache_bytes", "int", "most bytes of caches that lived at once"),
+    Column("bits_per_value", "float", "bits for each cached key or value channel: scales, positions, state counted"),
+    *_xla("prefill"),
+    *_xla("decode"),
+    Column("weight_bytes", "int", "of the model's arrays"),
+    Column("temp_bytes", "int", "scratch of the largest program"),
+    Column("peak_bytes", "int", "predicted peak: weights + peak_cache_bytes + scratch + residual stream"),
+    Column("device_peak_bytes", "int", "peak_bytes_in_use of the device's allocator; null on a CPU", True),
+    Column("peak_rss_bytes", "int", "peak of the child's resident memory (VmHWM)", True),
+    Column("peak_rss_of", "str", "point where the peak was reset before it, else process", True),
+    Column("nll", "float", "mean negative log likelihood of the continuation, nats a token"),
+    Column("kl", "float", "KL(dense || method) over the continuation, nats a token"),
+    Column("top1_agreement", "float", "share of the continuation's tokens whose likeliest next token is dense's"),
+    Column("tasks", "json", "scores of the tasks that --tasks asked for"),
+    Column("device", "str", "what times were measured on", True),
+    Column("host", "str", "machine", True),
+    Column("child_start_s", "float", "the child's start: imports and weights, s", True),
+    Column("wall_s", "float", "the point from claim to row, s", True),
+    Column("finished", "str", "when, UTC", True),
+)
+BY_NAME = {c.name: c for c in COLUMNS}
+
+# computed when rows are read, from a row and that of its reference
+RATIOS = (
+    Column("cache_over_dense", "float", "cache_bytes / dense's"),
+    Column("ttft_over_dense", "float", "ttft_s / dense's, same machine only", True),
+    Column("decode_over_dense", "float", "decode_s / dense's, same machine only", True),
+    Column("nll_minus_dense", "float", "nll - dense's, nats a token"),
+)
+
+
+def whole_row(key: str, columns: Mapping[str, Any], status: str, row: Mapping[str, Any] | None) -> Row:
+    """Every column of a point in the schema's order: what is known beforehand, its status, and its row where there is one."""
+    found = {**columns, **(row or {}), "key": key, "status": status}
+    return {c.name: found.get(c.name) for c in COLUMNS}
+
+
+def ratios(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> Row:
+    """The columns that set a row beside its reference; None where either has no value."""
+    dense = dense or {}
+
+    def over(name: str, same: bool = True):
+        a, b = row.get(name), dense.get(name)
+        return a / b if same and a and b else None
+
+    same = row.get("host") == dense.get("host") and row.get("device") == dense.get("device")
+    a, b = row.get("nll"), dense.get("nll")
+    return {
+        "cache_over_dense": over("cache_bytes"),
+        "ttft_over_dense": over("ttft_s", same),
+        "decode_over_dense": over("decode_s", same),
+        "nll_minus_dense": None if a is None or b is None else a - b,
+    }

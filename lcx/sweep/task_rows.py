@@ -1,0 +1,69 @@
+"""The quality figures of a row that --tasks asks for, each at the point's length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lcx import tasks, texts
+from lcx.loading import Pretrained, starts_with_bos
+from lcx.measure.task_scores import encoder, long_perplexity, mean_scores, run_samples, sliding_perplexity
+from lcx.sweep.points import Point
+
+DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent, of the needle grid
+PPL_WINDOWS = 4  # half-overlapping windows of the sliding perplexity
+
+
+def task_scores(model: Pretrained, point: Point) -> dict[str, Any]:
+    """Name of the task -> its figures: scores are 0 to 100, perplexities exp(nats)."""
+    makers = {"ruler": _ruler, "needle": _needle, "passkey": _passkey, "ppl": _ppl, "longppl": _longppl}
+    return {name: makers[name](model, point) for name in point.settings.tasks}
+
+
+def _run(model: Pretrained, point: Point, samples):
+    allow = point.settings.allow_extrapolation
+    return run_samples(model, point.experiment, samples, batch=point.batch, allow_extrapolation=allow)
+
+
+def _ruler(model: Pretrained, point: Point) -> dict[str, Any]:
+    """Each of RULER's 13 tasks with `samples` prompts, and their mean."""
+    encode, scores = encoder(model), {}
+    for name in tasks.RULER:
+        samples = tasks.generate(name, encode, point.length, point.settings.samples, seed=42 + point.seed)
+        scores |= {task: score for (task, _), score in mean_scores(_run(model, point, samples)).items()}
+    return {"samples": point.settings.samples, "mean": float(np.mean(list(scores.values()))), **scores}
+
+
+def _needle(model: Pretrained, point: Point) -> dict[str, Any]:
+    """One row of the needle grid: a value in prose at each of DEPTHS, the mean over `samples` needles."""
+    cells = []
+    for seed in range(point.settings.samples):
+        samples = tasks.needle_grid(encoder(model), [point.length], DEPTHS, seed=42 + point.seed + seed)
+        cells.append([result.score for result in _run(model, point, samples)])
+    return {"lengths": [point.length], "depths": list(DEPTHS), "scores": [np.mean(cells, 0).tolist()]}
+
+
+def _passkey(model: Pretrained, point: Point) -> float:
+    positions = min(5, point.settings.samples)
+    keys = -(-point.settings.samples // positions)
+    samples = tasks.passkey(encoder(model), point.length, positions=positions, keys=keys, seed=42 + point.seed)
+    return float(np.mean([result.score for result in _run(model, point, samples)]))
+
+
+def _ids(model: Pretrained, point: Point, count: int) -> np.ndarray:
+    ids = starts_with_bos(model.tokenizer, model.tokenizer.encode(texts.read(point.settings.text)))
+    return np.asarray(ids[:count], np.int32)
+
+
+def _ppl(model: Pretrained, point: Point) -> float:
+    """Sliding windows of the point's length, half of it apart."""
+    stride = max(1, point.length // 2)
+    ids = _ids(model, point, point.length + (PPL_WINDOWS - 1) * stride)
+    return sliding_perplexity(model, point.experiment, ids, point.length, stride).perplexity
+
+
+def _longppl(model: Pretrained, point: Point) -> float:
+    """LongPPL of a text of the point's length; the short context is half of it, at most the paper's 4,096 tokens."""
+    short = min(4_096, point.length // 2)
+    return long_perplexity(model, point.experiment, _ids(model, point, point.length), short=short, step=short // 4)
