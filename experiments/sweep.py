@@ -153,7 +153,7 @@ def _run(sweep, settings, models, axes, retry) -> None:
     from lcx.pretrained import load_arrays
     from lcx.sweep.points import Loaded
     from lcx.sweep.runner import open_sweep, read_rows, resolve_all, write_run
-    from lcx.sweep.scheduler import Scheduler, children
+    from lcx.sweep.scheduler import Scheduler
 
     env = dict(os.environ)
     # resolving needs no accelerator, and one that this process had taken would be missing in the children
@@ -170,6 +170,7 @@ def _run(sweep, settings, models, axes, retry) -> None:
     name = f"{Path(FLAGS.config).stem}-{hashlib.sha256(repr([j.key for j in jobs]).encode()).hexdigest()[:8]}"
     workdir = Path(FLAGS.workdir or f"runs/{name}")
     fork = None if FLAGS.fork is None else Path(FLAGS.fork)
+    launch = _launcher(fork or workdir)
     store = open_sweep(workdir, jobs, fork)
     workdir = fork or workdir
     if retry:
@@ -179,26 +180,31 @@ def _run(sweep, settings, models, axes, retry) -> None:
 
     env.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(FLAGS.compile_cache or workdir / "compile_cache").resolve()))
     env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    command = [sys.executable, "-m", "lcx.sweep.child", str(workdir.resolve())]
-    command += ["--accept_licence"] if FLAGS.accept_licence else []
-    if FLAGS.launcher == "local":
-        launch = children(command, workdir / "logs", env)
-    else:
-        from lcx.sweep.slurm import batch_jobs
-
-        cluster = FLAGS.launcher.removeprefix("submitit_")
-        launch = batch_jobs(
-            cluster, workdir, FLAGS.time_limit, _pairs("slurm_args", FLAGS.slurm_args), FLAGS.accept_licence
-        )
     scheduler = Scheduler(
         store,
-        launch,
+        launch(env),
         workers=FLAGS.workers,
         isolate=FLAGS.isolate or ("recipe" if _on_cpu(env) else "point"),
         time_limit=FLAGS.time_limit,
     )
     _watch(scheduler, store, workdir)
     _show(read_rows(store), store, workdir, f"{', '.join(loaded)}, {FLAGS.dtype}, text {settings.text}")
+
+
+def _launcher(workdir: Path):
+    """What makes, from the children's environment, the scheduler's `launch`; refused before a folder is made."""
+    if FLAGS.launcher == "local":
+        from lcx.sweep.scheduler import children
+
+        command = [sys.executable, "-m", "lcx.sweep.child", str(workdir.resolve())]
+        command += ["--accept_licence"] if FLAGS.accept_licence else []
+        return lambda env: children(command, workdir / "logs", env)
+    from lcx.sweep.slurm import batch_jobs
+
+    cluster = FLAGS.launcher.removeprefix("submitit_")
+    parameters = _pairs("slurm_args", FLAGS.slurm_args)
+    launch = batch_jobs(cluster, workdir, FLAGS.time_limit, parameters, FLAGS.accept_licence)
+    return lambda env: launch
 
 
 def _on_cpu(env) -> bool:

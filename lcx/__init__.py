@@ -24,6 +24,7 @@ _HOME = {
     "generate": "lcx.session",
     "score_text": "lcx.measure.quality",
     "score_continuation": "lcx.measure.quality",
+    "run_methods": "lcx.sweep.runner",
     "UserError": "lcx.errors",
 }
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "generate",
     "load",
     "load_config",
+    "run_methods",
     "score_continuation",
     "score_text",
 ]
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from lcx.measure.quality import score_continuation, score_text
     from lcx.recipe import Recipe, Segment
     from lcx.session import Session, generate
+    from lcx.sweep.runner import run_methods
 
 
 def __getattr__(name: str):

@@ -38,15 +38,20 @@ def test_every_command_is_known_here():
     assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
+def here(word, folder):
+    """A word of a command with its files beside the test, not in the checkout."""
+    word = re.sub(r"^--(out|figure|workdir)=", rf"--\1={folder}/", word)
+    return f"{folder}/{word}" if word.startswith("runs/") else word
+
+
 @needs_model
-@pytest.mark.parametrize("line", PYTHON)
-def test_command_runs(line, tmp_path):
-    words = shlex.split(line.split("  #")[0])
-    # files go beside the test, not into the checkout
-    words = [re.sub(r"^--(out|workdir)=", rf"--\1={tmp_path}/", word) for word in words]
-    done = run([sys.executable, *words[1:]])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+@pytest.mark.parametrize("block", [b for b in blocks("sh") if "python -m" in b], ids=lambda b: b.split()[2])
+def test_commands_run_in_order(block, tmp_path):
+    for line in [line for line in block.splitlines() if line in PYTHON]:
+        words = [here(word, tmp_path) for word in shlex.split(line.split("  #")[0])]
+        done = run([sys.executable, *words[1:]])
+        assert done.returncode == 0, (line, done.stderr)
+        assert done.stdout.strip(), line
 
 
 @needs_model

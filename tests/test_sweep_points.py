@@ -270,3 +270,10 @@ def test_settings_are_checked():
     ):
         with pytest.raises(UserError, match=message):
             replace(SETTINGS, **change)
+
+
+def test_the_docs_list_every_column():
+    text = (Path(__file__).parent.parent / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    for column in (*COLUMNS, *RATIOS):
+        meaning = column.meaning.replace("|", r"\|")
+        assert f"| `{column.name}` | {column.kind} | {meaning} | {'measured' if column.measured else ''} |" in text

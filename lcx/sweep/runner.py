@@ -16,11 +16,14 @@ from typing import Any
 
 from lcx import texts
 from lcx.errors import UserError
+from lcx.experiment import Experiment
 from lcx.loading import Pretrained
+from lcx.recipe import Recipe
 from lcx.report.source import whole_rows
 from lcx.sweep.bench import Bench
-from lcx.sweep.points import Loaded, Point, Settings, jobs, specs
+from lcx.sweep.points import Loaded, Point, Settings, aux_digest, jobs, specs
 from lcx.sweep.schema import Row, ratios, whole_row
+from lcx.sweep.show import line
 from lcx.sweep.store import Job, Store
 
 SHOWN = 6  # differences that a refusal lists
@@ -112,6 +115,50 @@ def run_here(model: Pretrained, points: Sequence[Point], on_row: Callable[[Row],
         if on_row is not None:
             on_row(row)
     return rows
+
+
+def run_methods(
+    model: Pretrained,
+    methods: Mapping[str, Experiment | Recipe],
+    lengths: Sequence[int],
+    *,
+    keep_ratio: float | None = None,
+    settings: Settings | None = None,
+    batch: int = 1,
+    on_row: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Memory, latency and quality of methods at several lengths, in this process: a sweep for notebooks.
+
+    Args:
+      model: as `lcx.load` gives it.
+      methods: name -> method; the first is what the others are compared with, so it should be dense.
+      lengths: contexts in tokens, prompt and continuation.
+      keep_ratio: budget of every method that has one, as a fraction of the prompt; None: their own.
+      settings: what is measured how often; by default 3 timed prefills, 16 decode steps, 256 tokens scored.
+      batch: texts side by side.
+      on_row: called with each row as it is there; None: a line is printed.
+
+    Returns:
+      Rows as `lcx.report.figures` draws them, one a method and length.
+
+    Raises:
+      UserError: a method that does not suit the model or a length; nothing has run then.
+    """
+    settings = settings or Settings(repeats=3, decode_steps=16)
+    points = []
+    for length in lengths:
+        if length <= settings.continuation:
+            raise UserError(f"lengths: {length} must be above the continuation of {settings.continuation} tokens")
+        for name, method in methods.items():
+            experiment = method if isinstance(method, Experiment) else Experiment(method)
+            if experiment.recipe.has_budget:
+                experiment = experiment.with_budget(length - settings.continuation, None, keep_ratio)
+            digest = aux_digest(experiment, model.config)
+            dtype = str(model.layers.dtype)
+            point = Point(name, experiment, model.name, model.sha256, length, settings, dtype, batch, 0, digest)
+            point.check(model.config)
+            points.append(point)
+    return run_here(model, points, on_row or (lambda row: print(line(row), flush=True)))
 
 
 def write_run(
