@@ -1,0 +1,142 @@
+"""A model as a plan sees it: shapes, weights counted, its part on one of several devices, and a head split where none is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lcx.config import ModelConfig, param_shapes
+from lcx.errors import UserError, nearest
+from lcx.experiment import Experiment
+from lcx.model import Block, Layers
+from lcx.policies.duo import HeadSplit, split_by_score
+from lcx.pretrained import cache
+from lcx.pretrained.checkpoints import read_json
+from lcx.pretrained.gguf_header import open_gguf
+from lcx.pretrained.model_configs import SHAPES, config_from_gguf, config_from_hf
+from lcx.pretrained.registry import MODELS, _located
+from lcx.recipe import Aux
+
+SCALE_BYTES = 2  # a float16 scale for each output channel of a matrix in 8 bits
+
+
+def shape(name: str) -> ModelConfig:
+    """The shape of a model; no weights are read.
+
+    Args:
+      name: a name of SHAPES, a model that is installed, a GGUF file, or a folder with a config.json.
+
+    Raises:
+      UserError: there is no such model; names the nearest.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    if name in MODELS:
+        return config_from_gguf(open_gguf(_installed(name)))
+    path = Path(name).expanduser()
+    if path.is_file():
+        return config_from_gguf(open_gguf(path))
+    if name and path.is_dir():
+        return config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
+    allowed = (*SHAPES, *MODELS)
+    raise UserError(
+        f"model={name!r}; allowed are {', '.join(allowed)}, a GGUF file, or a folder{nearest(name, allowed)}"
+    )
+
+
+def _installed(name: str) -> Path:
+    parts = [path for path in _located(MODELS[name]) if path is not None and path.is_file()]
+    if len(parts) < len(MODELS[name].files):
+        raise UserError(f"model={name!r} is not installed; run: {MODELS[name].install}")
+    if len(parts) == 1:
+        return parts[0]
+    joined = cache.folder() / MODELS[name].file_name
+    if not joined.is_file():
+        raise UserError(
+            f"model={name!r} comes in {len(parts)} parts that are joined when it is first loaded; run it once"
+        )
+    return joined
+
+
+def abstract_layers(config: ModelConfig, dtype) -> Layers:
+    """The model's arrays as shapes alone."""
+    weights: dict[str, Any] = {n: jax.ShapeDtypeStruct(s, dtype) for n, s in param_shapes(config).items()}
+    arrays = {n.removeprefix("layers.0."): w for n, w in weights.items() if n.startswith("layers.0.")}
+    block = nnx.split(nnx.eval_shape(lambda: Block({n: jnp.zeros(w.shape, w.dtype) for n, w in arrays.items()})))
+    head = weights["embed" if config.tied else "lm_head"]
+    # layers have the same shapes
+    return Layers(config, weights["embed"], weights["norm"], head, (block,) * config.num_layers)
+
+
+def weight_table(config: ModelConfig, dtype, weight_bits: int | None = None) -> dict[str, int]:
+    """Bytes of the weights by kind: "matrices" of the layers, "embed", "lm_head" and "vectors" (norms, biases).
+
+    Args:
+      config: the model, or its part on one device.
+      dtype: of the weights.
+      weight_bits: 8 for the layers' matrices in 8 bits with a float16 scale per output channel, as W8 schemes do; embedding, head
+        and vectors stay in `dtype`.  None: everything in `dtype`.
+    """
+    size = jnp.dtype(dtype).itemsize
+    table = {"matrices": 0, "embed": 0, "lm_head": 0, "vectors": 0}
+    for name, dims in param_shapes(config).items():
+        if name in ("embed", "lm_head"):
+            table[name] += math.prod(dims) * size
+        elif len(dims) == 2 and weight_bits is not None:
+            table["matrices"] += math.prod(dims) * weight_bits // 8 + dims[1] * SCALE_BYTES
+        else:
+            table["matrices" if len(dims) == 2 else "vectors"] += math.prod(dims) * size
+    return table
+
+
+def shard(config: ModelConfig, count: int) -> ModelConfig:
+    """One device's part under tensor parallelism over KV heads: 1 / count of heads, MLP columns and vocabulary.
+
+    Raises:
+      UserError: the KV heads or MLP columns do not divide.
+    """
+    for what in ("num_kv_heads", "d_ff"):
+        if getattr(config, what) % count:
+            fits = [n for n in range(1, count) if config.num_kv_heads % n == 0 and config.d_ff % n == 0]
+            raise UserError(
+                f"device: {count} devices do not divide {what}={getattr(config, what)} of model {config.name!r}; use {fits[-1]}"
+            )
+    return replace(
+        config,
+        num_heads=config.num_heads // count,
+        num_kv_heads=config.num_kv_heads // count,
+        d_ff=config.d_ff // count,
+        vocab_size=-(-config.vocab_size // count),
+    )
+
+
+def planned_aux(experiment: Experiment, config: ModelConfig, count: int = 1) -> tuple[Aux | None, str]:
+    """The method's arrays, and a note where they are not the published ones.
+
+    Args:
+      experiment: the method.
+      config: the whole model.
+      count: devices that share it; then the arrays are those of one device.
+
+    Raises:
+      UserError: the method has no arrays for this model, head splits apart.
+    """
+    source = experiment.aux
+    if not isinstance(source, HeadSplit):
+        return experiment.load_aux(config), ""
+    if count == 1:
+        try:
+            return source.load(config), ""
+        except UserError:
+            # a file that was named must be right; a model for which lcx ships no split gets one in numbers
+            if source.file is not None:
+                raise
+    part = shard(config, count)
+    aux = split_by_score([list(range(part.num_kv_heads))] * part.num_layers, source.streaming)
+    return aux, f"head split not measured: {source.streaming:.0%} streaming heads spread evenly over the layers"

@@ -1,0 +1,234 @@
+"""The programs of one session at one length: what is alive while each runs (exact), and what XLA adds (compiled)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lcx.cache import shape_bytes
+from lcx.config import ModelConfig
+from lcx.experiment import Experiment
+from lcx.measure.gpu_targets import GpuTarget, compile_for
+from lcx.model import block_program, logits_program, repack_program
+from lcx.plan.models import abstract_layers
+from lcx.recipe import Aux
+from lcx.session import Session
+
+ONE_SHOT = "prefill"  # name of a step that reads the whole prompt
+
+
+@dataclass(frozen=True)
+class Part:
+    """One program of a session, not compiled yet.
+
+    Attributes:
+      name: "prefill chunk", "prefill" (one shot), "decode", "repack" or "logits".
+      layer: the first layer that runs it; layers that share a program are one part.
+      live_bytes: arrays of the session that are alive while it runs, its own arguments among them: weights, caches, residual stream.
+      program, args, static: what is compiled.
+    """
+
+    name: str
+    layer: int
+    live_bytes: int
+    program: Any
+    args: tuple[Any, ...]
+    static: dict[str, Any]
+
+    @property
+    def label(self) -> tuple[str, int]:
+        """What is the same program at another length."""
+        return self.name, self.layer
+
+    @cached_property
+    def key(self):
+        """Equal for programs that compile to the same."""
+        leaves, tree = jax.tree.flatten(self.args)
+        shapes = tuple((x.shape, jnp.result_type(x)) for x in leaves)
+        return self.program, tuple(sorted(self.static.items(), key=lambda item: item[0])), tree, shapes
+
+
+@dataclass(frozen=True)
+class Report:
+    """What XLA's buffer assignment adds to a program's arguments, in bytes.
+
+    Attributes:
+      temp_bytes: scratch.
+      result_bytes: results that no argument was donated for: of a block, the residual stream that it returns.
+    """
+
+    temp_bytes: float
+    result_bytes: float
+
+    @property
+    def extra_bytes(self) -> float:
+        return self.temp_bytes + self.result_bytes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a session is planned with, its length apart.
+
+    Attributes:
+      config: the model, or its part on one of several devices.
+      new_tokens: tokens that there is room for after the prompt.
+      batch: texts side by side.
+      dtype: of weights, activations and exact caches.
+      weight_bytes: of all weights as they are counted.
+      steps: tokens of the steps after the prompt.
+      collective_bytes: for each token of a step, what joining the devices' partial sums takes.
+    """
+
+    config: ModelConfig
+    new_tokens: int
+    batch: int
+    dtype: Any
+    weight_bytes: int
+    steps: tuple[int, ...] = (1,)
+    collective_bytes: int = 0
+
+
+def chunk_width(experiment: Experiment, length: int) -> int:
+    """Tokens of a prefill step; a whole list of steps would be long at chunks of one token."""
+    return min(getattr(experiment.schedule, "size", length), length)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A session at one length.
+
+    Attributes:
+      parts: its programs.
+      cache_bytes: the decode cache, as `Recipe.bytes`.
+      peak_cache_bytes: the largest sum of caches that are alive together, as `Session.peak_cache_bytes`.
+    """
+
+    parts: list[Part]
+    cache_bytes: int
+    peak_cache_bytes: int
+
+
+def timeline(setting: Setting, experiment: Experiment, length: int, aux: Aux | None) -> Timeline:
+    """The programs that a prompt of `length` tokens and the steps after it run, as `Session` runs them."""
+    config, recipe = setting.config, experiment.recipe
+    session = Session(
+        abstract_layers(config, setting.dtype),
+        recipe,
+        length,
+        setting.new_tokens,
+        aux=aux,
+        batch=setting.batch,
+        schedule=experiment.schedule,
+    )
+    width = chunk_width(experiment, length)
+    kinds = {phase: _first_of_kind(session._kinds[phase]) for phase in ("prefill", "decode")}
+    caches: dict[str, dict[int, Any]] = {
+        phase: {i: jax.eval_shape(lambda i=i, phase=phase: session._empty(phase, i)) for i in set(kinds[phase])}
+        for phase in kinds
+    }
+    size = {phase: [shape_bytes(caches[phase][i]) for i in kinds[phase]] for phase in kinds}
+    fixed = setting.weight_bytes + shape_bytes(session.aux)
+    parts: dict[tuple[str, int, int], Part] = {}
+
+    def stream(tokens: int) -> tuple[Any, Any, int]:
+        """x, pos and their bytes, with what a collective of `tokens` tokens takes."""
+        x = jax.ShapeDtypeStruct((setting.batch, tokens, config.d_model), setting.dtype)
+        pos = jax.ShapeDtypeStruct((setting.batch, tokens), jnp.int32)
+        return x, pos, shape_bytes((x, pos)) + setting.collective_bytes * setting.batch * tokens
+
+    def add(name: str, first: int, tokens: int, live: int, program, call) -> None:
+        """Layers of one kind are one part, at the layer where most is alive."""
+        key = (name, first, tokens)
+        if key not in parts or parts[key].live_bytes < live:
+            args, static = call
+            parts[key] = Part(name, first, live, program, args, static)
+
+    pairs = list(zip(kinds["prefill"], kinds["decode"], strict=True))
+    # in chunks every prompt cache is whole before the first is compressed; in one shot a layer's is compressed before the next is made
+    at_once = not recipe.compresses or width < length
+    alive = 0
+    x, pos, stream_bytes = stream(width)
+    name = "prefill chunk" if width < length else ONE_SHOT
+    for i, first in enumerate(kinds["prefill"]):
+        done = sum(size["decode"][:i]) if recipe.compresses else 0
+        caches_here = sum(size["prefill"]) if at_once else done + size["prefill"][i]
+        alive = max(alive, caches_here)
+        call = session.block_call("prefill", first, x, pos, caches["prefill"][first])
+        add(name, first, width, fixed + caches_here + stream_bytes, block_program, call)
+        if recipe.compresses:
+            waiting = sum(size["prefill"][i + 1 :]) if at_once else 0
+            caches_here = done + size["prefill"][i] + size["decode"][i] + waiting
+            alive = max(alive, caches_here)
+            call = session.repack_call(i, caches["prefill"][first], caches["decode"][kinds["decode"][i]])
+            pair = pairs.index(pairs[i])
+            add("repack", pair, 0, fixed + caches_here + stream_bytes, repack_program, call)
+    held = sum(size["decode"])
+    last = jax.ShapeDtypeStruct((setting.batch, config.d_model), setting.dtype)
+    head = (last, session.layers.norm, session.layers.head)
+    static = {"eps": config.norm_eps, "tied": config.tied}
+    add("logits", 0, 1, fixed + held + stream_bytes + shape_bytes(last), logits_program, (head, static))
+    for tokens in setting.steps:
+        x, pos, stream_bytes = stream(tokens)
+        for first in kinds["decode"]:
+            call = session.block_call("decode", first, x, pos, caches["decode"][first])
+            name = "decode" if tokens == 1 else f"step of {tokens:,} tokens"
+            add(name, first, tokens, fixed + held + stream_bytes, block_program, call)
+    return Timeline(list(parts.values()), held, max(alive, held))
+
+
+def _first_of_kind(kinds: Sequence[Any]) -> list[int]:
+    """For each layer the first one that shares its program."""
+    return [kinds.index(kind) for kind in kinds]
+
+
+class Compiler:
+    """Compiles programs for targets, each once, two at a time: XLA works outside the interpreter's lock, mostly on one core."""
+
+    def __init__(self, workers: int = 2):
+        self._pool = ThreadPoolExecutor(max_workers=workers)
+        self._found: dict[Any, Future[Report]] = {}
+        self._lock = threading.Lock()
+
+    def submit(self, target: GpuTarget | None, parts: Sequence[Part]) -> list[Future[Report]]:
+        """Start what is not compiled yet."""
+        result = []
+        for part in parts:
+            key = (target, part.key)
+            with self._lock:
+                if key not in self._found:
+                    self._found[key] = self._pool.submit(_compile, target, part)
+                result.append(self._found[key])
+        return result
+
+    def known(self, target: GpuTarget | None, part: Part) -> Report | None:
+        """What is compiled already, perhaps for another length: programs of a cache that does not grow are the same at all."""
+        found = self._found.get((target, part.key))
+        return found.result() if found is not None else None
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+# left out of a compilation because buffers are assigned without it: tuning, which chooses nothing where no GPU can be timed, and most of
+# LLVM's optimisations.  They save two fifths and one third of the time and change no temp (tests/test_plan.py).
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
+CPU_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def compile_options(target: GpuTarget | None) -> dict[str, int] | None:
+    """None on a GPU that is there: it is compiled for as a run would."""
+    if target is not None:
+        return GPU_OPTIONS
+    return CPU_OPTIONS if jax.default_backend() == "cpu" else None
+
+
+def _compile(target: GpuTarget | None, part: Part) -> Report:
+    plan = compile_for(target, part.program, part.args, part.static, compile_options(target)).memory_analysis()
+    return Report(plan.temp_size_in_bytes, plan.output_size_in_bytes - plan.alias_size_in_bytes)

@@ -1,0 +1,111 @@
+"""Times that a device cannot beat, from operations and bytes: predicted, never measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx.cache import shape_bytes
+from lcx.config import ModelConfig
+from lcx.experiment import Experiment
+from lcx.measure.gpu_targets import GpuTarget
+from lcx.plan.models import weight_table
+from lcx.plan.programs import Setting, chunk_width
+from lcx.recipe import Aux, Chain, Recipe, num_rows
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Operations and bytes of one device, and the seconds they take at the vendor's figures; a bound from below.
+
+    Attributes:
+      linear_flops, attention_flops: of the prefill; every key that a query may read is counted.
+      prefill_bytes: weights once a step, and the cache of half of the prompt once a step.
+      decode_flops, decode_bytes: of one token after the prompt: weights and the cache, once.
+      prefill_s, decode_s: the larger of operations and bytes.
+    """
+
+    linear_flops: float
+    attention_flops: float
+    prefill_bytes: float
+    decode_flops: float
+    decode_bytes: float
+    prefill_s: float
+    decode_s: float
+
+
+def roofline(
+    setting: Setting, experiment: Experiment, length: int, aux: Aux | None, weight_bits: int | None, target: GpuTarget
+) -> Roofline:
+    """Of a prompt of `length` tokens and of the step after it."""
+    config, recipe, batch = setting.config, experiment.recipe, setting.batch
+    width = chunk_width(experiment, length)
+    table = weight_table(config, setting.dtype, weight_bits)
+    # a lookup reads one row of the embedding; tied, it is the head as well
+    read = sum(table.values()) - (0 if config.tied else table["embed"])
+    matrices = weight_table(config, jnp.int8)["matrices"]  # a byte each: their number
+    head = config.d_model * config.vocab_size
+    linear = 2.0 * batch * (matrices * length + head)
+    attention, decode_attention, cache = 0.0, 0.0, 0.0
+    for layer in range(config.num_layers):
+        attention += batch * _attention_flops(config, recipe, "prefill", layer, length, width, aux)
+        decode_attention += batch * _attention_flops(config, recipe, "decode", layer, length, 1, aux)
+        cache += _read_bytes(setting, recipe, layer, length, aux)
+    held = recipe.bytes(config, length, 0, phase="prefill", aux=aux, batch=batch, dtype=setting.dtype)
+    prefill_bytes = -(-length // width) * (read + held / 2)
+    decode_flops = 2.0 * batch * (matrices + head) + decode_attention
+    decode_bytes = read + cache
+    flops, bandwidth = target.bf16_flops, target.bandwidth
+    return Roofline(
+        linear,
+        attention,
+        prefill_bytes,
+        decode_flops,
+        decode_bytes,
+        max((linear + attention) / flops, prefill_bytes / bandwidth),
+        max(decode_flops / flops, decode_bytes / bandwidth),
+    )
+
+
+def _attention_flops(
+    config: ModelConfig, recipe: Recipe, phase: str, layer: int, length: int, width: int, aux: Aux | None
+) -> float:
+    """q.k and p.v: 4 operations a channel for every pair of a query and a key that it may read.  A step sees itself whole."""
+    here, sizes = recipe.at(phase, layer), recipe.capacities(phase, length, 0)
+    total = 0.0
+    for chain in here.chains:
+        most = sum(sizes[s.name] for s in chain)
+        if phase == "decode":
+            pairs = float(min(length, most) + 1)
+        else:
+            start = np.arange(0, length, width, dtype=np.float64)
+            count = np.minimum(width, length - start)
+            pairs = float((count * np.minimum(start, most) + count * (count + 1) / 2).sum())
+        if config.is_local(layer):
+            pairs = min(pairs, float(config.window or 0) * (1 if phase == "decode" else length))
+        total += 4.0 * config.head_dim * config.group * num_rows(config, chain[0].heads, aux, layer) * pairs
+    return total
+
+
+def _read_bytes(setting: Setting, recipe: Recipe, layer: int, length: int, aux: Aux | None) -> float:
+    """Bytes of the cache that a decode step reads: all, or the state and at most the budget of each query head where pages are chosen."""
+    sizes, here = recipe.capacities("decode", length, 0), recipe.at("decode", layer)
+
+    def make():
+        return recipe.init_layer(setting.config, layer, "decode", sizes, aux, setting.batch, setting.dtype)
+
+    cache = jax.eval_shape(make)
+    return sum(_chain_bytes(here, chain, cache, setting.config.group) for chain in here.chains)
+
+
+def _chain_bytes(here: Recipe, chain: Chain, cache, group: int) -> float:
+    total = 0.0
+    for s in chain:
+        slots, share = cache[s.name], 1.0
+        if here.pattern.visits == "held":
+            share = min(1.0, getattr(here.pattern, "budget", slots.pos.shape[-1]) * group / slots.pos.shape[-1])
+        total += shape_bytes((slots.payload, slots.pos)) * share + shape_bytes(slots.state)
+    return total
