@@ -26,6 +26,7 @@ NEW_TOKENS = 128
 CHUNK_SIZE = 2_048
 # for the CUDA context with its loaded kernels, cuBLAS's work space and what the allocator cannot use; not measured here
 RESERVE_MIB = 1_024
+FAR_BEYOND = 4  # times the longest context that fits; programs of terabytes take half a minute to compile
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,8 @@ def make_job(
         raise UserError(f"{method}: {error}") from None
     check_compiler(where)
     notes = [note] if note else []
+    if experiment.recipe.pattern.visits == "own" and where.target is not None:
+        notes.append("the prefill time counts every pair of query and key; which ones are read depends on the text")
     if where.count > 1:
         notes.append(
             f"tensor parallel over KV heads: one device's part of {where.count} is compiled, links are not timed"
@@ -239,7 +242,7 @@ def plan(
 
     Every program is compiled at the shortest and the longest length; those that can be the largest at the longest length that fits and
     at one random length between, whose interpolation is checked first, and where the check misses 3 %, at up to two more.  Methods that
-    read the prompt in one step are compiled at every length.
+    read the prompt in one step are compiled at every length up to 4 times the longest that fits.
 
     Args:
       model: its shape, such as `models.shape("llama3-8b")`.
@@ -293,15 +296,16 @@ def _rows(job: Job, compiler: Compiler, lengths: Sequence[int], limits: bool) ->
     curve = Curve(compiler, job.device.target, job.timeline)
     low, high = min(lengths), max(lengths)
     curve.compile_ends(low, high)
-    if job.experiment.recipe.one_shot:
-        # scratch of a step that reads the whole prompt is neither a line nor a power: its lists of pages grow until they are full
-        for length in lengths:
-            curve.compile(length)
     limit, notes = None, []
     if limits:
-        limit = curve.limit(budget_bytes(job.device, job.reserve_mib))
+        limit, certain = curve.limit(budget_bytes(job.device, job.reserve_mib))
         if limit is None:
             notes.append("memory does not grow with the context")
+        if not certain:
+            notes.append("the longest context is one that fits; the search did not settle")
+    if job.experiment.recipe.one_shot:
+        # scratch of a step that reads the whole prompt is neither a line nor a power: its lists of pages grow until they are full
+        curve.compile(*(n for n in lengths if limit is None or n <= FAR_BEYOND * max(limit, low)))
     checks = curve.check_middle(low, high, f"{job.model.name} {job.method} {job.device.name}") if low < high else []
     if checks and not checks[-1].holds:
         last = checks[-1]

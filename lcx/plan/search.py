@@ -17,7 +17,7 @@ STEP = 1_024  # the longest context is rounded down to a multiple of it
 TOLERANCE = 0.03  # of interpolated temp, against what is compiled
 MARGIN = 4  # a program is left out where its temp and results, so many times over, would not make it the largest
 MORE_POINTS = 2  # compiled at most where a check fails
-MORE_LIMITS = 4  # limits compiled until one stays
+MORE_LIMITS = 8  # limits compiled until one stays
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class Curve:
         """Compile every program of these lengths."""
         self._compile({length: self.timeline(length).parts for length in lengths})
 
-    def compile(self, length: int) -> None:
-        """Compile the programs of this length that can be the largest, judged by the lengths that are compiled already."""
-        if length in self._knots:
-            return
+    def compile(self, *lengths: int) -> None:
+        """Compile the programs of these lengths that can be the largest, judged by the lengths that are compiled already."""
+        self._compile({length: self._largest(length) for length in lengths if length not in self._knots})
+
+    def _largest(self, length: int) -> list[Part]:
         parts, extra = self.timeline(length).parts, [r.extra_bytes for r in self._reports(length)]
         largest = max(part.live_bytes + more for part, more in zip(parts, extra, strict=True))
-        near = [p for p, more in zip(parts, extra, strict=True) if p.live_bytes + MARGIN * more >= largest]
-        self._compile({length: near})
+        return [p for p, more in zip(parts, extra, strict=True) if p.live_bytes + MARGIN * more >= largest]
 
     def _compile(self, wanted: Mapping[int, Sequence[Part]]) -> None:
         waiting = {length: self._compiler.submit(self._target, parts) for length, parts in wanted.items()}
@@ -120,21 +120,21 @@ class Curve:
         between = _power if part.name == ONE_SHOT and min(temps) > 0 else _line
         return Report(between(length, lengths, temps), _line(length, lengths, results))
 
-    def limit(self, budget: int) -> int | None:
-        """The longest context, a multiple of STEP, that fits into `budget` bytes; 0: none.  It is compiled.
+    def limit(self, budget: int) -> tuple[int | None, bool]:
+        """The longest context, a multiple of STEP, that fits into `budget` bytes, compiled; 0: none.  And whether it is certain.
 
-        None: memory does not grow with the context, so that positions end first.
+        None: memory does not grow with the context, so that positions end first.  Not certain: it moved with each of MORE_LIMITS
+        compilations; it fits, and a longer one might.
         """
         most = (FAR - STEP) // STEP
         for _ in range(MORE_LIMITS):
             steps = _last_that_fits(lambda n: self.peak(n * STEP).bytes - budget, most)
+            if steps == most:
+                return None, True
             if steps == 0 or steps * STEP in self._knots:
-                break
+                return steps * STEP, True
             self.compile(steps * STEP)
-        if steps == most:
-            return None
-        fitting = [n for n in self._knots if n % STEP == 0 and n <= steps * STEP and self.peak(n).bytes <= budget]
-        return max(fitting, default=0)
+        return max((n for n in self._knots if n % STEP == 0 and self.peak(n).bytes <= budget), default=0), False
 
     def check_middle(self, low: int, high: int, seed: str) -> list[Check]:
         """Predict a random length between `low` and `high`, then compile it; again with a further one while it is off by too much."""
