@@ -288,11 +288,7 @@ def _attend_tiles(q, sources, q_pos, n_q, n_kv, scale, allow, reach, softcap) ->
 
 def _join(tiles: jax.Array, total: int) -> jax.Array:
     """[tiles,B,R,G,n,...] -> [B,R,G,total,...]; the last tile overlaps the one before."""
-    (
-        count,
-        *_,
-    ) = tiles.shape
-    n = tiles.shape[4]
+    count, n = tiles.shape[0], tiles.shape[4]
     body = jnp.moveaxis(tiles[: count - 1], 0, 3)
     body = body.reshape(*body.shape[:3], (count - 1) * n, *body.shape[5:])
     return jnp.concatenate([body, tiles[-1][:, :, :, count * n - total :]], axis=3)

@@ -88,6 +88,7 @@ class Child:
         try:
             self.ready: dict[str, Any] = self._answer(START_S)["ready"]
         except BaseException:
+            # whatever ends the wait, a stop or a child that hangs: nobody else knows this process
             self.kill()
             raise
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from lcx.report.escape import visible
 from lcx.sweep.schema import Row
 
 MIB = 2**20
 SEVERAL = ("model", "dtype", "batch", "seed")  # shown where a sweep has more than one
-
-
-def plain(text: Any) -> str:
-    """Text without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 def _number(value, form: str, unit: float = 1.0) -> str:
@@ -26,9 +21,9 @@ def _number(value, form: str, unit: float = 1.0) -> str:
 
 def line(row: Row) -> str:
     """One row as one line of text."""
-    head = f"{plain(row['method']):<12} {row['length']:>7,} tokens  "
+    head = f"{visible(row['method']):<12} {row['length']:>7,} tokens  "
     if row["status"] != "ok":
-        return f"{head}[{row['status']}] {plain(row['message'])}"
+        return f"{head}[{row['status']}] {visible(row['message'])}"
     return (
         f"{head}TTFT {_number(row['ttft_s'], '7.3f')} s  "
         f"decode {_number(row['decode_s'], '6.1f', 1e-3)} ms  cache {_number(row['cache_bytes'], '7.1f', MIB)} MiB "
@@ -38,7 +33,7 @@ def line(row: Row) -> str:
 
 
 COLUMNS = (
-    ("method", lambda r: escape(plain(r["method"]))),
+    ("method", lambda r: escape(visible(r["method"]))),
     ("tokens", lambda r: f"{r['length']:,}"),
     ("TTFT\ns", lambda r: _number(r["ttft_s"], ".2f")),
     ("prefill\ntok/s", lambda r: _number(r["prefill_tokens_per_s"], ",.0f")),
@@ -59,7 +54,7 @@ COLUMNS = (
 def table(rows: Sequence[Row], title: str) -> Table:
     """All rows, grouped by length; a point that is not ok shows its status."""
     result = Table(
-        title=escape(plain(title)),
+        title=escape(visible(title)),
         title_justify="left",
         header_style="bold",
         box=box.SIMPLE_HEAD,
@@ -77,7 +72,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
         if before not in (None, group):
             result.add_section()
         before = group
-        cells = [*(escape(plain(row[n])) for n in several), *(cell(row) for _, cell in COLUMNS)]
+        cells = [*(escape(visible(row[n])) for n in several), *(cell(row) for _, cell in COLUMNS)]
         result.add_row(*cells, *([row["status"]] if failed else []))
     return result
 
@@ -88,7 +83,7 @@ def notes(rows: Sequence[Row]) -> str:
     if not done:
         return "No point is ok: see the messages above."
     row = done[0]
-    devices = ", ".join(dict.fromkeys(plain(r["device"]) for r in done))
+    devices = ", ".join(dict.fromkeys(visible(r["device"]) for r in done))
     return (
         f"prompt = tokens - {row['length'] - row['prompt']}; quality: NLL of the tokens after it and KL(dense || method), nats.  "
         f"Times measured on {devices}: TTFT is the median of {row['ttft_n']} prefills after {row['warmups']} untimed, compiled ahead; "
