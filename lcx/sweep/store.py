@@ -23,6 +23,7 @@ from lcx.sweep.schema import STATUSES, VERSION, Row
 
 FILE = "rows.sqlite"
 STALE_S = 60.0  # a claim of another machine without a heartbeat for so long is taken over
+BUSY_S = 30.0  # how long a lock of another process is waited for
 OPEN = ("todo", "running")
 
 _TABLE = f"""
@@ -117,8 +118,8 @@ class Store:
     def _open(self, needed: int = 0) -> Iterator[sqlite3.Connection]:
         db = None
         try:
-            db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-            db.execute("PRAGMA journal_mode = WAL")
+            db = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
+            _use_wal(db)
             db.execute("PRAGMA synchronous = FULL")
             db.execute("BEGIN IMMEDIATE")
             yield db
@@ -234,6 +235,20 @@ class Store:
             (Job(key, json.loads(spec), grp, reference), status, None if row is None else json.loads(row))
             for key, spec, grp, reference, status, row in found
         ]
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """Switch to WAL.  SQLite does not wait for a lock here as it does elsewhere, and two sweeps may make one folder at once."""
+    end = time.monotonic() + BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            busy = (getattr(error, "sqlite_errorname", "") or "").startswith("SQLITE_BUSY")
+            if not busy or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
 
 
 def salvage(path: Path) -> list[tuple[Job, str, Row | None]]:
