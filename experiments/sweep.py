@@ -53,6 +53,11 @@ def define_flags() -> None:
     flags.DEFINE_float("time_limit", 3_600.0, "Seconds a point may take.", lower_bound=1.0)
     flags.DEFINE_string("memory_limit", None, "Such as 16GiB: points whose predicted peak is above are not run.")
     flags.DEFINE_string("compile_cache", None, "Folder of compiled programs; the default is WORKDIR/compile_cache.")
+    flags.DEFINE_string(
+        "plan",
+        None,
+        "Devices such as h200,2xa100-80gb,cpu: compile for them, print what the points need there, run nothing.",
+    )
     flags.DEFINE_bool("report", True, "Write report.html and the figure at the end.")
 
 
@@ -145,7 +150,38 @@ def main() -> None:
     }
     retry = words("retry", FLAGS.retry, RETRY)
     models = FLAGS.model.split(",") if FLAGS.model is not None else [sweep.model]
+    if FLAGS.plan is not None:
+        _plan(sweep, settings, models, axes)
+        return
     _run(sweep, settings, models, axes, retry)
+
+
+def _plan(sweep, settings, models, axes) -> None:
+    """Print what the points need on devices that need not be there."""
+    from rich.console import Console
+
+    from lcx.plan import device, shape, show
+    from lcx.sweep.planned import planned_rows
+    from lcx.sweep.points import specs
+
+    devices = [device(part.strip()) for part in FLAGS.plan.split(",")]
+    if len({d.name for d in devices}) < len(devices):
+        raise UserError(f"plan={FLAGS.plan!r}: give each device once")
+    found, shapes = specs(sweep, settings, models=models, **axes), {m: shape(m) for m in models}
+    console = Console(highlight=False)
+    with console.status("compiling ...") as status:
+
+        def on_row(row) -> None:
+            status.update(f"compiled {row.method}, {row.length:,} tokens, {row.device}")
+
+        rows = planned_rows(found, shapes, devices, on_row)
+    wide = Console(highlight=False, width=max(console.width, 132))
+    for table in dict.fromkeys((r.device, r.model, r.dtype, r.batch) for r in rows):
+        mine = [r for r in rows if (r.device, r.model, r.dtype, r.batch) == table]
+        where, model, dtype, batch = table
+        wide.print(show.table(mine, f"{model} on {where}, {dtype}, batch {batch}, predicted; tokens are the prompt's"))
+        for line in show.notes(mine):
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def _run(sweep, settings, models, axes, retry) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,20 @@ class Compiled:
     temp_bytes: int
     extra_bytes: int
     plans: dict[str, dict[str, int]]
+
+
+class Moment(NamedTuple):
+    """A program's turn: what all caches that are alive then take.
+
+    Attributes:
+      phase: "prefill", "repack" or "decode".
+      layer: whose program it is.
+      cache_bytes: of all layers' caches, the ones that it makes among them.
+    """
+
+    phase: str
+    layer: int
+    cache_bytes: int
 
 
 class Session:
@@ -73,7 +87,7 @@ class Session:
         recipe.check(self.config, aux)
         if prompt < 1:
             raise UserError(f"prompt={prompt} must be at least 1 token")
-        if recipe.one_shot and len(self.schedule.steps(prompt)) > 1:
+        if recipe.one_shot and self.schedule.width(prompt) < prompt:
             raise UserError(
                 f"{type(recipe.pattern).__name__} needs the whole prompt at once; schedule {self.schedule} cuts {prompt} tokens"
             )
@@ -89,11 +103,11 @@ class Session:
         # called with (phase, layer, x [B,T,E]) after each layer, to look for values that are not finite
         self.watch: Callable[[str, int, jax.Array], None] | None = None
         self._programs: dict[Any, Any] = {}
-        # layers that differ neither in recipe nor in shapes share a program
-        self._kinds = {phase: [self._kind(phase, i) for i in range(self.config.num_layers)] for phase in self.recipes}
+        # phase -> a number for each layer; layers that differ neither in recipe nor in shapes share it, and a program
+        self.kinds = {phase: [self._kind(phase, i) for i in range(self.config.num_layers)] for phase in self.recipes}
 
     def _kind(self, phase: str, layer: int):
-        cache = jax.eval_shape(lambda: self._empty(phase, layer))
+        cache = jax.eval_shape(lambda: self.empty(phase, layer))
         leaves, tree = jax.tree.flatten((cache, self.aux[layer]))
         shapes = tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves)
         return hash((phase, self.recipes[phase][layer], self.config.is_local(layer), tree, shapes))
@@ -106,17 +120,17 @@ class Session:
         start = time.perf_counter()
         wanted = [("decode", n) for n in steps]
         if prefill is not None:
-            wanted.append(("prefill", max(stop - start for start, stop in self.schedule.steps(prefill))))
+            wanted.append(("prefill", self.schedule.width(prefill)))
         calls: dict[Any, Any] = {}
         for phase, tokens in wanted:
             x = jax.ShapeDtypeStruct((self.batch, tokens, self.config.d_model), self.layers.dtype)
             pos = jax.ShapeDtypeStruct((self.batch, tokens), jnp.int32)
-            for i, kind in enumerate(self._kinds[phase]):
-                cache = jax.eval_shape(lambda i=i, phase=phase: self._empty(phase, i))
+            for i, kind in enumerate(self.kinds[phase]):
+                cache = jax.eval_shape(lambda i=i, phase=phase: self.empty(phase, i))
                 calls.setdefault((kind, tokens), (block_program, self.block_call(phase, i, x, pos, cache)))
                 if phase == "prefill" and self.recipe.compresses:
-                    empty = jax.eval_shape(lambda i=i: self._empty("decode", i))
-                    key = (kind, self._kinds["decode"][i])
+                    empty = jax.eval_shape(lambda i=i: self.empty("decode", i))
+                    key = (kind, self.kinds["decode"][i])
                     calls.setdefault(key, (repack_program, self.repack_call(i, cache, empty)))
         fresh = [key for key in calls if key not in self._programs]
         lowered = [calls[key][0].lower(*calls[key][1][0], **calls[key][1][1]) for key in fresh]
@@ -126,7 +140,7 @@ class Session:
         reports = [self._programs[key].memory_analysis() for key in calls]
         plans: dict[str, dict[str, int]] = {}
         for phase, tokens in wanted:
-            here = [_plan(self._programs[kind, tokens].memory_analysis()) for kind in self._kinds[phase]]
+            here = [_plan(self._programs[kind, tokens].memory_analysis()) for kind in self.kinds[phase]]
             largest = max(here, key=lambda plan: plan["peak"])
             # a phase's steps of one token are decode; the longer ones of it read a continuation
             if phase == "prefill" or tokens == 1:
@@ -137,26 +151,41 @@ class Session:
         stream = 2 * self.batch * widest * self.config.d_model * jnp.dtype(self.layers.dtype).itemsize
         return Compiled(time.perf_counter() - start, len(fresh), temp, temp + stream, plans)
 
-    def _empty(self, phase: str, layer: int):
+    def empty(self, phase: str, layer: int):
+        """The cache of a layer before its first token."""
         return self.recipe.init_layer(
             self.config, layer, phase, self.sizes[phase], self._raw_aux, self.batch, self.layers.dtype
         )
 
+    def moments(self) -> list[Moment]:
+        """What the caches take while a prompt of `prompt` tokens and the steps after it run, from shapes alone, in order.
+
+        A step that reads the whole prompt compresses a layer's cache before it makes the next; in chunks every prompt cache is whole
+        before the first is compressed.
+        """
+        before, after = self._layer_bytes("prefill"), self._layer_bytes("decode")
+        compresses = self.recipe.compresses
+        at_once = not compresses or self.schedule.width(self.prompt) < self.prompt
+        found = []
+        for i, size in enumerate(before):
+            done = sum(after[:i]) if compresses else 0
+            found.append(Moment("prefill", i, sum(before) if at_once else done + size))
+            if compresses:
+                waiting = sum(before[i + 1 :]) if at_once else 0
+                found.append(Moment("repack", i, done + size + after[i] + waiting))
+        return [*found, *(Moment("decode", i, sum(after)) for i in range(len(after)))]
+
+    def _layer_bytes(self, phase: str) -> list[int]:
+        """Bytes of each layer's cache; layers of one kind are looked at once."""
+        sizes: dict[int, int] = {}
+        for i, kind in enumerate(self.kinds[phase]):
+            if kind not in sizes:
+                sizes[kind] = shape_bytes(jax.eval_shape(lambda i=i: self.empty(phase, i)))
+        return [sizes[kind] for kind in self.kinds[phase]]
+
     def predicted_peak_cache_bytes(self) -> int:
         """What `peak_cache_bytes` will be after a prefill of `prompt` tokens, from shapes alone."""
-        layers = range(self.config.num_layers)
-        size = {
-            phase: [shape_bytes(jax.eval_shape(lambda i=i, phase=phase: self._empty(phase, i))) for i in layers]
-            for phase in self.recipes
-        }
-        if not self.recipe.compresses:
-            return sum(size["prefill"])
-        at_once = len(self.schedule.steps(self.prompt)) > 1
-        before = [sum(size["prefill"])] if at_once else []
-        for i in layers:
-            waiting = sum(size["prefill"][i + 1 :]) if at_once else 0
-            before.append(sum(size["decode"][: i + 1]) + size["prefill"][i] + waiting)
-        return max(before)
+        return max(moment.cache_bytes for moment in self.moments())
 
     def reset(self) -> None:
         """Forget the texts; compiled programs stay."""
@@ -187,22 +216,22 @@ class Session:
     def _blocks(self, phase: str, x, pos, last: bool = False):
         if not self.recipe.compresses:
             # all at once, before the device is busy; a cache that will be compressed waits, so that few are whole at a time
-            self.cache = [self._empty(phase, i) if c is None else c for i, c in enumerate(self.cache)]
+            self.cache = [self.empty(phase, i) if c is None else c for i, c in enumerate(self.cache)]
         for i in range(self.config.num_layers):
             if self.cache[i] is None:
-                self.cache[i] = self._empty(phase, i)
+                self.cache[i] = self.empty(phase, i)
             args, static = self.block_call(phase, i, x, pos, self.cache[i])
             self.cache[i] = None
-            kind = self._kinds[phase][i]
+            kind = self.kinds[phase][i]
             program = self._programs.get((kind, x.shape[1]))
             x, self.cache[i] = block_program(*args, **static) if program is None else program(*args)
             if self.watch is not None:
                 self.watch(phase, i, x)
             if last and self.recipe.compresses:
-                empty = self._empty("decode", i)
+                empty = self.empty("decode", i)
                 self._note_peak(device_bytes(empty))
                 args, static = self.repack_call(i, self.cache[i], empty)
-                program = self._programs.get((kind, self._kinds["decode"][i]))
+                program = self._programs.get((kind, self.kinds["decode"][i]))
                 self.cache[i] = repack_program(*args, **static) if program is None else program(*args)
         if phase == "prefill":
             self._note_peak()
@@ -236,7 +265,7 @@ class Session:
         real = np.full(B, T) if lengths is None else np.asarray(lengths)
         pos = np.where(np.arange(T) < real[:, None], np.arange(T), EMPTY).astype(np.int32)
         steps = self.schedule.steps(T)
-        width = max(stop - start for start, stop in steps)
+        width = self.schedule.width(T)
         wanted: list[Any] = [None] * B
         streams = []
         for start, stop in steps:

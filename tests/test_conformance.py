@@ -232,7 +232,7 @@ def play(session, tokens, lengths=None, poisoned=False):
     """Logits [1 + NEW,B,V] after the prompt and after each of NEW steps, and what was held then."""
     prompt = tokens.shape[1] - NEW
     if poisoned:
-        session.cache = [poison(session, "prefill", i, session._empty("prefill", i)) for i in range(TINY.num_layers)]
+        session.cache = [poison(session, "prefill", i, session.empty("prefill", i)) for i in range(TINY.num_layers)]
     logits = [session.prefill(tokens[:, :prompt], lengths)]
     found = [held(session)]
     if poisoned:
@@ -522,7 +522,7 @@ def test_bytes_are_those_of_the_arrays(name):
     for phase in ("prefill", "decode"):
         for dtype in ("float32", "bfloat16"):
             fresh = session_of(name, session.recipe, dtype=dtype)
-            empty = [fresh._empty(phase, i) for i in range(TINY.num_layers)]
+            empty = [fresh.empty(phase, i) for i in range(TINY.num_layers)]
             assert size_of(fresh, phase, dtype) == device_bytes(empty)
     after_prompt = session_of(name, session.recipe)
     after_prompt.prefill(texts(ALL[name].prompt)[:, : ALL[name].prompt], [ALL[name].prompt, SHORT])
@@ -569,7 +569,7 @@ def test_a_long_cache_is_written_in_place(name):
         recipe = replace(recipe, segments=((held, *recipe.chains[0][1:]), *recipe.segments[1:]))
     session = session_of(name, recipe, prompt=LONG, batch=1)
     layer = TINY.num_layers - 1
-    cache = jax.eval_shape(lambda: session._empty("decode", layer))
+    cache = jax.eval_shape(lambda: session.empty("decode", layer))
     x, pos = jax.ShapeDtypeStruct((1, 1, TINY.d_model), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
     args, static = session.block_call("decode", layer, x, pos, cache)
     with optimisations(True):

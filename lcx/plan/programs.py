@@ -95,11 +95,6 @@ class Setting:
     collective_bytes: int = 0
 
 
-def chunk_width(experiment: Experiment, length: int) -> int:
-    """Tokens of a prefill step; a whole list of steps would be long at chunks of one token."""
-    return min(getattr(experiment.schedule, "size", length), length)
-
-
 @dataclass(frozen=True)
 class Timeline:
     """A session at one length.
@@ -127,13 +122,12 @@ def timeline(setting: Setting, experiment: Experiment, length: int, aux: Aux | N
         batch=setting.batch,
         schedule=experiment.schedule,
     )
-    width = chunk_width(experiment, length)
-    kinds = {phase: _first_of_kind(session._kinds[phase]) for phase in ("prefill", "decode")}
+    width = experiment.schedule.width(length)
+    kinds = {phase: _first_of_kind(session.kinds[phase]) for phase in ("prefill", "decode")}
     caches: dict[str, dict[int, Any]] = {
-        phase: {i: jax.eval_shape(lambda i=i, phase=phase: session._empty(phase, i)) for i in set(kinds[phase])}
+        phase: {i: jax.eval_shape(lambda i=i, phase=phase: session.empty(phase, i)) for i in set(kinds[phase])}
         for phase in kinds
     }
-    size = {phase: [shape_bytes(caches[phase][i]) for i in kinds[phase]] for phase in kinds}
     fixed = setting.weight_bytes + shape_bytes(session.aux)
     parts: dict[tuple[str, int, int], Part] = {}
 
@@ -151,25 +145,19 @@ def timeline(setting: Setting, experiment: Experiment, length: int, aux: Aux | N
             parts[key] = Part(name, first, live, program, args, static)
 
     pairs = list(zip(kinds["prefill"], kinds["decode"], strict=True))
-    # in chunks every prompt cache is whole before the first is compressed; in one shot a layer's is compressed before the next is made
-    at_once = not recipe.compresses or width < length
-    alive = 0
+    moments = session.moments()
     x, pos, stream_bytes = stream(width)
-    name = "prefill chunk" if width < length else ONE_SHOT
-    for i, first in enumerate(kinds["prefill"]):
-        done = sum(size["decode"][:i]) if recipe.compresses else 0
-        caches_here = sum(size["prefill"]) if at_once else done + size["prefill"][i]
-        alive = max(alive, caches_here)
-        call = session.block_call("prefill", first, x, pos, caches["prefill"][first])
-        add(name, first, width, fixed + caches_here + stream_bytes, block_program, call)
-        if recipe.compresses:
-            waiting = sum(size["prefill"][i + 1 :]) if at_once else 0
-            caches_here = done + size["prefill"][i] + size["decode"][i] + waiting
-            alive = max(alive, caches_here)
-            call = session.repack_call(i, caches["prefill"][first], caches["decode"][kinds["decode"][i]])
-            pair = pairs.index(pairs[i])
-            add("repack", pair, 0, fixed + caches_here + stream_bytes, repack_program, call)
-    held = sum(size["decode"])
+    for phase, i, alive in moments:
+        live = fixed + alive + stream_bytes
+        if phase == "prefill":
+            first = kinds["prefill"][i]
+            call = session.block_call("prefill", first, x, pos, caches["prefill"][first])
+            add("prefill chunk" if width < length else ONE_SHOT, first, width, live, block_program, call)
+        elif phase == "repack":
+            before, after = pairs[i]
+            call = session.repack_call(i, caches["prefill"][before], caches["decode"][after])
+            add("repack", pairs.index(pairs[i]), 0, live, repack_program, call)
+    held = moments[-1].cache_bytes
     last = jax.ShapeDtypeStruct((setting.batch, config.d_model), setting.dtype)
     head = (last, session.layers.norm, session.layers.head)
     static = {"eps": config.norm_eps, "tied": config.tied}
@@ -180,7 +168,7 @@ def timeline(setting: Setting, experiment: Experiment, length: int, aux: Aux | N
             call = session.block_call("decode", first, x, pos, caches["decode"][first])
             name = "decode" if tokens == 1 else f"step of {tokens:,} tokens"
             add(name, first, tokens, fixed + held + stream_bytes, block_program, call)
-    return Timeline(list(parts.values()), held, max(alive, held))
+    return Timeline(list(parts.values()), held, max(moment.cache_bytes for moment in moments))
 
 
 def _first_of_kind(kinds: Sequence[Any]) -> list[int]:

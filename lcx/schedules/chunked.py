@@ -15,6 +15,10 @@ class OneShot:
         """(start, stop) of each step, in tokens."""
         return [(0, length)]
 
+    def width(self, length: int) -> int:
+        """Tokens of the widest step."""
+        return length
+
 
 @dataclass(frozen=True)
 class Chunked:
@@ -34,3 +38,6 @@ class Chunked:
 
     def steps(self, length):
         return [(i, min(i + self.size, length)) for i in range(0, length, self.size)]
+
+    def width(self, length):
+        return min(self.size, length)

@@ -124,7 +124,7 @@ class Point:
         recipe.check(model, self.experiment.load_aux(model))
         for phase in ("prefill", "decode"):
             recipe.capacities(phase, self.prompt, self.new_tokens)
-        if recipe.one_shot and len(schedule.steps(self.prompt)) > 1:
+        if recipe.one_shot and schedule.width(self.prompt) < self.prompt:
             raise UserError(f"{self.method} needs the whole prompt at once; schedule {schedule} cuts it")
         if self.length > model.context and not self.settings.allow_extrapolation:
             raise UserError(
@@ -153,14 +153,8 @@ def aux_digest(experiment: Experiment, model: ModelConfig) -> str | None:
     return digest.hexdigest()
 
 
-def resolve(spec: Mapping[str, Any], loaded: Loaded) -> Point:
-    """The point of a spec: its config is read, budgets become tokens.
-
-    Raises:
-      UserError: a config that is wrong, or one that does not suit the point.
-    """
-    given: dict[str, Any] = {**spec["settings"], "tasks": tuple(spec["settings"]["tasks"])}
-    settings = Settings(**given)
+def experiment_of(spec: Mapping[str, Any], settings: Settings) -> Experiment:
+    """The method of a spec: its config is read, budgets become tokens.  Raises UserError for a config that is wrong."""
     experiment = load_config(spec["config"], spec["changes"])
     if not isinstance(experiment, Experiment):
         raise UserError(f"configs: {spec['config']!r} is a sweep; allowed are configs of one method")
@@ -172,6 +166,22 @@ def resolve(spec: Mapping[str, Any], loaded: Loaded) -> Point:
     if experiment.recipe.has_budget:
         prompt = spec["length"] - settings.continuation
         experiment = experiment.with_budget(prompt, spec["budget"], spec["keep_ratio"])
+    return experiment
+
+
+def settings_of(spec: Mapping[str, Any]) -> Settings:
+    given: dict[str, Any] = {**spec["settings"], "tasks": tuple(spec["settings"]["tasks"])}
+    return Settings(**given)
+
+
+def resolve(spec: Mapping[str, Any], loaded: Loaded) -> Point:
+    """The point of a spec.
+
+    Raises:
+      UserError: a config that is wrong, or one that does not suit the point.
+    """
+    settings = settings_of(spec)
+    experiment = experiment_of(spec, settings)
     point = Point(
         method=Path(spec["config"]).stem,
         experiment=experiment,

@@ -1,0 +1,64 @@
+"""What the points of a sweep need on devices that are not there: compiled, not run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lcx.config import ModelConfig
+from lcx.plan import Device, PlanRow, estimate
+from lcx.plan.programs import Compiler
+from lcx.sweep.points import Point, experiment_of, settings_of
+
+
+def planned_rows(
+    specs: Sequence[Mapping[str, Any]],
+    models: Mapping[str, ModelConfig],
+    devices: Sequence[Device],
+    on_row: Callable[[PlanRow], None] | None = None,
+) -> list[PlanRow]:
+    """A row for each device and point, with the programs that the point would run: prefill, the continuation's step, decode.
+
+    Args:
+      specs: as `lcx.sweep.points.specs` makes them; what differs in its seed alone is planned once.
+      models: name -> shape, for the models of the specs.
+      devices: what to plan for.
+      on_row: called with each row as it is done.
+
+    Raises:
+      UserError: a config that is wrong or does not suit the model.
+    """
+    shared = [(where, spec) for where in devices for spec in specs if spec["seed"] == specs[0]["seed"]]
+    with closing(Compiler()) as compiler, ThreadPoolExecutor(max_workers=2) as pool:
+
+        def one(job: tuple[Device, Mapping[str, Any]]) -> PlanRow:
+            where, spec = job
+            settings = settings_of(spec)
+            experiment, name = experiment_of(spec, settings), Path(spec["config"]).stem
+            # its prompt and the room after it
+            point = Point(name, experiment, spec["model"], "", spec["length"], settings, spec["dtype"], spec["batch"])
+            row = estimate(
+                models[spec["model"]],
+                experiment,
+                point.prompt,
+                point.new_tokens,
+                point.dtype,
+                where,
+                point.batch,
+                method=name,
+                compiler=compiler,
+                steps=(settings.continuation, 1),
+            )
+            return replace(row, model=spec["model"])
+
+        rows = []
+        # two at a time: while one waits for XLA the other traces
+        for row in pool.map(one, shared):
+            rows.append(row)
+            if on_row is not None:
+                on_row(row)
+        return rows
