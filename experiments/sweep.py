@@ -322,6 +322,11 @@ def _show(rows, store, workdir: Path, title: str) -> None:
     console = Console(highlight=False)
     wide = Console(highlight=False, width=max(console.width, 132))
     wide.print(show.table(rows, title))
+    for title_of_scores, scores, messages in show.score_tables(rows):
+        console.print(title_of_scores, markup=False, soft_wrap=True)
+        wide.print(scores)
+        for message in messages:
+            console.print(message, markup=False, soft_wrap=True)
     console.print(show.notes(rows), markup=False)
     told = f"rows: {store.path}"
     if FLAGS.report and any(row["status"] == "ok" for row in rows):

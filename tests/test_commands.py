@@ -170,6 +170,20 @@ def test_points_run_as_jobs_of_a_batch_system(tmp_path):
     assert [r["status"] for r in read_rows(Store(tmp_path / "run"))] == ["ok", "ok"]
 
 
+@needs_model
+def test_jobs_of_their_own_bring_rows_and_scores_of_tasks(tmp_path):
+    pytest.importorskip("submitit")
+    asked = ["--launcher=submitit_local", "--tasks=passkey,longppl", "--samples=1", "--lengths=320", "--repeats=1"]
+    done = run("sweep", "--config=configs/dense.py", f"--workdir={tmp_path / 'run'}", *asked)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_rows(Store(tmp_path / "run"))
+    assert row["status"] == "ok" and row["ttft_s"] > 0 and row["tasks"]["passkey"] == 100
+    # too short a text for LongPPL: the reason is told, the row has the rest
+    assert "none of 320 tokens is key" in row["tasks"]["longppl"]["message"]
+    assert "Tasks at 320 tokens" in done.stdout and "none of 320 tokens is key" in done.stdout
+    assert "Task scores" in (tmp_path / "run" / "report.html").read_text()
+
+
 SCORE = ("--out=out.npz", f"--text_file={TEXT}")
 WRONG = [
     ("generate", (), "prompt=None and prompt_file=None: give one of them"),

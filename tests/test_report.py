@@ -17,12 +17,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from lcx.errors import UserError
-from lcx.report import axes, cards, figures, heat, source, write_report
+from lcx.report import axes, cards, figures, heat, scores, source, tables, write_report
 from lcx.report.compare import compare
 from lcx.report.escape import csv_cell, plot_text, visible
 from lcx.report.export import csv_text, export
 from lcx.report.page import LARGEST, inline_svg, page
 from lcx.report.tables import ORDERS, ordered
+from lcx.sweep import show
 from lcx.sweep.runner import read_rows
 from lcx.sweep.schema import BY_NAME
 from lcx.sweep.store import FILE, Job, Owner, Store
@@ -124,7 +125,7 @@ def ok_row(length, share=1.0, kl=0.0, slow=1.0, **other):
         **{"temp_bytes": 10**7, "peak_bytes": 51 * 10**7 + size, "segment_bytes": {"all": [size, size]}},
         **{"nll": 3.1 + kl, "kl": kl, "top1_agreement": max(0.0, 1 - kl), "bits_per_value": 32 * share},
         **{"device": "cpu, 2 cores", "host": "box", "finished": "2026-11-25T01:00:00Z", "wall_s": 20.0},
-        "tasks": {"needle": {"lengths": [length], "depths": [0, 50, 100], "scores": [[1.0, 1 - kl / 5, 0.5]]}},
+        "tasks": {"needle": {"lengths": [length], "depths": [0, 50, 100], "scores": [[100.0, 100 - 20 * kl, 50.0]]}},
     }
     return row | other
 
@@ -495,7 +496,7 @@ def test_needle_maps_put_points_together(plain):
     maps = heat.needle_maps(plain.rows)
     lengths, depths, scores = maps["h2o"]
     assert lengths == [512, 1_024] and depths == [0, 50, 100]
-    assert math.isnan(scores[0][1]) and scores[2][0] == 0.5
+    assert math.isnan(scores[0][1]) and scores[2][0] == 50
     bad = [
         {
             "tasks": {"needle": {"lengths": [1], "depths": [2], "scores": "x"}},
@@ -506,6 +507,29 @@ def test_needle_maps_put_points_together(plain):
         }
     ]
     assert heat.needle_maps(bad) == {}
+
+
+def test_scores_of_tasks_are_told_by_length(plain):
+    rows = [dict(r) for r in plain.rows if (r["length"], r["seed"], bool(r["tasks"])) == (512, 0, True)]
+    rows[0]["tasks"] = {
+        "ruler": {"vt": 10.0, "mean": 30.0, "samples": 5},
+        "ppl": 18.13,
+        "longppl": {"message": "none is <key>"},
+    }
+    (table,) = scores.score_tables(rows)
+    lines = dict(table.lines)
+    assert table.title == "512 tokens" and len(table.methods) == len(rows)
+    assert list(lines)[:3] == ["ruler mean", "ruler vt", "ppl"] and lines["ruler vt"] == [10.0] + [None] * (
+        len(rows) - 1
+    )
+    assert lines["needle, mean of 3 depths"][1] > 50 and table.messages == [("dense", "longppl", "none is <key>")]
+    page = "".join(tables.task_scores(rows))
+    assert "none is &lt;key&gt;" in page and "18.130" in page and ">512 tokens</h3>" in page
+    ((_, shown, messages),) = show.score_tables(rows)
+    assert shown.row_count == len(lines) and messages == ["dense, longppl: none is <key>"]
+    assert scores.score_tables([r | {"tasks": None} for r in rows]) == []
+    junk = {"a": "x", "b": {"scores": [["x"]]}, "c": {"d": float("nan")}, "e": True, "f": [1]}
+    assert scores.flat(junk) == scores.flat("x") == {}
 
 
 def test_capacity_lines_are_those_of_the_gpus(plain):

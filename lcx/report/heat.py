@@ -1,4 +1,4 @@
-"""Needle heat maps: the share of facts found, by depth and context length."""
+"""Needle heat maps: scores, 0 to 100, by depth and context length."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_MAPS = 24
 
 
 def needle(rows: Rows) -> Figure | None:
-    """Heat maps of the share of needles found, depth against length, one a method; None where no row has them."""
+    """Heat maps of the score of the needles, depth against length, one a method; None where no row has them."""
     every = needle_maps(rows)
     maps = dict(list(every.items())[:MOST_MAPS])
     if not maps:
@@ -39,7 +39,7 @@ def needle(rows: Rows) -> Figure | None:
         for ax in grid.flat[len(maps) :]:
             ax.set_visible(False)
         for ax, (title, (lengths, depths, scores)) in zip(grid.flat, maps.items(), strict=False):
-            image = ax.imshow(scores, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            image = ax.imshow(scores, cmap="cividis", vmin=0, vmax=100, aspect="auto", interpolation="nearest")
             ax.grid(visible=False)
             ax.set_facecolor("#80808030")
             ax.set_title(plot_text(title, 60), fontsize=9.5)
@@ -50,7 +50,7 @@ def needle(rows: Rows) -> Figure | None:
                 _write_scores(ax, scores)
         if image is not None:
             bar = fig.colorbar(image, ax=grid.ravel().tolist(), shrink=0.8, aspect=30)
-            bar.set_label("share found")
+            bar.set_label("score")
     return fig
 
 
@@ -90,8 +90,8 @@ def _write_scores(ax: Axes, scores: list[list[float]]) -> None:
         for j, score in enumerate(line):
             if not math.isnan(score):
                 # light on the dark end of the map, dark on the light one
-                color = "#ffffff" if score < 0.55 else "#101010"
-                ax.text(j, i, f"{score:.2g}", ha="center", va="center", fontsize=8, color=color)
+                color = "#ffffff" if score < 55 else "#101010"
+                ax.text(j, i, f"{score:.0f}", ha="center", va="center", fontsize=8, color=color)
 
 
 def _index_ticks(axis, labels: list[str], most: int) -> None:

@@ -15,6 +15,7 @@ from lcx.report import axes, figures, tables
 from lcx.report.cards import Card, cards
 from lcx.report.escape import Safe, el, join, visible
 from lcx.report.export import csv_text
+from lcx.report.scores import score_tables
 from lcx.report.source import Source, has_failed
 from lcx.sweep.schema import COLUMNS, Row
 from lcx.sweep.store import OPEN
@@ -23,6 +24,7 @@ LARGEST = 5_000_000  # bytes of the page
 LARGEST_CSV = 1_000_000  # of the file within it
 MOST_PARETO = 4  # lengths
 MOST_CARDS = 100
+MOST_SCORED = 2_000
 MOST_FAILURES = 500
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -79,7 +81,7 @@ def page(source: Source, capacity: Sequence[str] = ()) -> str:
       UserError: no such GPU.
     """
     before = _figures(source.rows, capacity)
-    after = [_recipes(cards(source)), _measured(source), _failed(source.rows)]
+    after = [*_scores(source.rows), _recipes(cards(source)), _measured(source), _failed(source.rows)]
     text = ""
     # the first that fits; an export has what is left out
     for most, orders, whole in ((None, 3, True), (None, 3, False), (2_000, 1, False), (100, 1, False)):
@@ -103,6 +105,7 @@ def _document(source: Source, sections: Sequence[Safe]) -> str:
     links = {
         "figures": "Figures",
         "tables": "Tables",
+        **({"scores": "Task scores"} if score_tables(source.rows) else {}),
         "recipes": "Recipes",
         "measured": "How it was measured",
         "failed": "Failures",
@@ -241,6 +244,17 @@ def _tables(rows: Sequence[Row], most: int | None, orders: int, whole: bool) -> 
     parts.append(el("details", el("summary", "what the columns mean"), tables.meanings()))
     hint = el("p", "Each order is a table of its own; a closed one is not printed.", class_="soft")
     return el("section", el("h2", "Tables"), hint, note, *parts, id="tables")
+
+
+def _scores(rows: Sequence[Row]) -> list[Safe]:
+    parts = tables.task_scores(rows[:MOST_SCORED])
+    note = "Mean over the samples, 0 to 100; ppl and longppl are perplexities.  RULER's mean is over its 13 tasks."
+    more = _more(len(rows), min(len(rows), MOST_SCORED), "points")
+    return (
+        [el("section", el("h2", "Task scores"), el("p", note, class_="soft"), more, *parts, id="scores")]
+        if parts
+        else []
+    )
 
 
 def _recipes(found: Sequence[Card]) -> Safe:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lcx.report import scores
 from lcx.report.escape import Safe, el, join
 from lcx.report.source import ALL_COLUMNS
 from lcx.sweep.schema import Row
@@ -83,6 +84,20 @@ def compared(rows: Sequence[Row]) -> Safe:
         for r in rows
     )
     return _table(head, body)
+
+
+def task_scores(rows: Sequence[Row]) -> list[Safe]:
+    """Scores of the tasks, a table for each length; nothing where no task was asked for."""
+    parts = []
+    for found in scores.score_tables(rows):
+        head = el("tr", el("th", "task"), *(el("th", method, class_="n", scope="col") for method in found.methods))
+        body = join(
+            el("tr", el("td", task), *(el("td", scores.score_text(task, v), class_="n") for v in values))
+            for task, values in found.lines
+        )
+        parts += [el("h3", found.title), _table(head, body)]
+        parts += [el("p", f"{method}, {task}: {message}", class_="soft") for method, task, message in found.messages]
+    return parts
 
 
 def everything(rows: Sequence[Row]) -> Safe:

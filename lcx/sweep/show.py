@@ -8,6 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from lcx.report import scores
 from lcx.report.escape import visible
 from lcx.sweep.schema import Row
 
@@ -53,14 +54,7 @@ COLUMNS = (
 
 def table(rows: Sequence[Row], title: str) -> Table:
     """All rows, grouped by length; a point that is not ok shows its status."""
-    result = Table(
-        title=escape(visible(title)),
-        title_justify="left",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    result = _empty_table(title)
     several = [n for n in SEVERAL if len({r[n] for r in rows}) > 1]
     failed = any(r["status"] != "ok" for r in rows)
     for name in (*several, *(name for name, _ in COLUMNS), *(["status"] if failed else [])):
@@ -75,6 +69,34 @@ def table(rows: Sequence[Row], title: str) -> Table:
         cells = [*(escape(visible(row[n])) for n in several), *(cell(row) for _, cell in COLUMNS)]
         result.add_row(*cells, *([row["status"]] if failed else []))
     return result
+
+
+def score_tables(rows: Sequence[Row]) -> list[tuple[str, Table, list[str]]]:
+    """Scores of the tasks: title, table and messages for each length; nothing where no task was asked for."""
+    shown = []
+    for found in scores.score_tables(rows):
+        result = _empty_table()
+        result.add_column("task", no_wrap=True)
+        for method in found.methods:
+            result.add_column(escape(visible(method)), justify="right", no_wrap=True)
+        for task, values in found.lines:
+            result.add_row(escape(visible(task)), *(scores.score_text(task, value) for value in values))
+        messages = [visible(f"{method}, {task}: {message}") for method, task, message in found.messages]
+        shown.append(
+            (f"Tasks at {visible(found.title)}: scores of 0 to 100; ppl, longppl: perplexities", result, messages)
+        )
+    return shown
+
+
+def _empty_table(title: str | None = None) -> Table:
+    return Table(
+        title=None if title is None else escape(visible(title)),
+        title_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
 
 
 def notes(rows: Sequence[Row]) -> str:

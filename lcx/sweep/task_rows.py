@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lcx import tasks, texts
+from lcx.errors import UserError
 from lcx.loading import Pretrained, starts_with_bos
 from lcx.measure.task_scores import encoder, long_perplexity, mean_scores, run_samples, sliding_perplexity
 from lcx.sweep.points import Point
@@ -16,9 +17,19 @@ PPL_WINDOWS = 4  # half-overlapping windows of the sliding perplexity
 
 
 def task_scores(model: Pretrained, point: Point) -> dict[str, Any]:
-    """Name of the task -> its figures: scores are 0 to 100, perplexities exp(nats)."""
+    """Name of the task -> its figures: scores are 0 to 100, perplexities exp(nats).
+
+    A task that cannot be made for the point, such as a prompt that does not fit the length, says why: {"message": ...}.  The point has
+    its other figures all the same.
+    """
     makers = {"ruler": _ruler, "needle": _needle, "passkey": _passkey, "ppl": _ppl, "longppl": _longppl}
-    return {name: makers[name](model, point) for name in point.settings.tasks}
+    found: dict[str, Any] = {}
+    for name in point.settings.tasks:
+        try:
+            found[name] = makers[name](model, point)
+        except UserError as error:
+            found[name] = {"message": str(error)}
+    return found
 
 
 def _run(model: Pretrained, point: Point, samples):

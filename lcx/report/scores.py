@@ -1,0 +1,90 @@
+"""Scores of the tasks that --tasks asked for, laid out for people: a table for each context length, a line a task, a column a method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lcx.sweep.schema import Row
+
+PERPLEXITIES = ("ppl", "longppl")  # lower is better; the others are 0 to 100
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """One context length.
+
+    Attributes:
+      title: length, and what else the rows share where a sweep has several of it.
+      methods: the columns.
+      lines: (task, score of each method or None).
+      messages: (method, task, why it has no score).
+    """
+
+    title: str
+    methods: list[str]
+    lines: list[tuple[str, list[float | None]]]
+    messages: list[tuple[str, str, str]]
+
+
+def flat(tasks: Any) -> dict[str, float]:
+    """Task -> score: RULER's mean and its 13, the mean of the needle grid; nothing of what is not a number."""
+    found: dict[str, float] = {}
+    for name, value in tasks.items() if isinstance(tasks, dict) else ():
+        if isinstance(value, dict) and "scores" in value:
+            cells = [x for line in _list(value["scores"]) for x in _list(line)]
+            if cells and all(map(_is_number, cells)):
+                found[f"{name}, mean of {len(cells)} depths"] = sum(cells) / len(cells)
+        elif isinstance(value, dict):
+            parts = [(k, v) for k, v in value.items() if _is_number(v) and k != "samples"]
+            found |= {f"{name} {k}": float(v) for k, v in sorted(parts, key=lambda part: part[0] != "mean")}
+        elif _is_number(value):
+            found[str(name)] = float(value)
+    return found
+
+
+def score_tables(rows: Sequence[Row]) -> list[ScoreTable]:
+    """Tables of all points that have scores, seeds averaged; points of one model, dtype, batch and length share one."""
+    several = [n for n in ("model", "dtype", "batch") if len({r[n] for r in rows}) > 1]
+    groups: dict[tuple, list[Row]] = {}
+    for r in rows:
+        if isinstance(r["tasks"], dict):
+            groups.setdefault((r["length"], *(r[n] for n in several)), []).append(r)
+    tables = []
+    for (length, *rest), group in groups.items():
+        found: dict[str, dict[str, list[float]]] = {}
+        methods = list(dict.fromkeys(str(r["method"]) for r in group))
+        for r in group:
+            for task, score in flat(r["tasks"]).items():
+                found.setdefault(task, {}).setdefault(str(r["method"]), []).append(score)
+        lines = [(task, [_mean(by.get(method)) for method in methods]) for task, by in found.items()]
+        messages = [
+            (str(r["method"]), str(task), str(value["message"]))
+            for r in group
+            for task, value in r["tasks"].items()
+            if isinstance(value, dict) and "message" in value
+        ]
+        title = ", ".join([f"{length:,} tokens", *map(str, rest)])
+        tables.append(ScoreTable(title, methods, lines, list(dict.fromkeys(messages))))
+    return tables
+
+
+def score_text(task: str, score: float | None) -> str:
+    """A score is shown whole, a perplexity with three decimals."""
+    if score is None:
+        return "-"
+    return f"{score:.3f}" if task in PERPLEXITIES else f"{score:.1f}"
+
+
+def _mean(scores: list[float] | None) -> float | None:
+    return sum(scores) / len(scores) if scores else None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
