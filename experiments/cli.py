@@ -55,6 +55,12 @@ def define_flags(config: str | None = None, several: bool = False) -> None:
     flags.DEFINE_integer(
         "chunk_size", None, "Tokens a prefill step takes; the default is the config's schedule.", lower_bound=1
     )
+    flags.DEFINE_enum(
+        "implementation",
+        None,
+        ["xla", "pallas", "cudnn"],
+        "Of attention; by default the kernels where they can on a Hopper GPU, else XLA.",
+    )
     flags.DEFINE_bool("allow_extrapolation", False, "Run beyond the context that the model was trained for.")
     flags.DEFINE_bool("accept_licence", False, "You agree to the licence of a model that asks for it (Gemma).")
 
@@ -143,6 +149,8 @@ def experiment():
     found = config()
     if not isinstance(found, Experiment):
         raise UserError(f"config={flags.FLAGS.config!r} is a sweep; allowed here is the config of one method")
+    if flags.FLAGS.implementation is not None:
+        found = replace(found, implementation=flags.FLAGS.implementation)
     return found
 
 

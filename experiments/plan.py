@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def define_flags() -> None:
     number("budget", None, "Tokens kept per KV head by methods that have a budget.", lower_bound=1)
     flags.DEFINE_float("keep_ratio", None, "The budget as a fraction of the prompt, above 0 and at most 1.")
     number("reserve_mib", 1_024, "MiB of a device left alone: CUDA context, cuBLAS, fragmentation.", lower_bound=0)
+    text(
+        "implementation",
+        None,
+        "Of attention: xla, pallas (the kernels where they can, on Hopper), or both with a comma; the default is a run's own choice.",
+    )
     text("out", None, "Where rows go, one JSON object a line.")
     text("figure", None, "Where the picture of memory against context goes, PNG or SVG.")
     flags.DEFINE_bool("show_arithmetic", False, "Print how each row comes about.")
@@ -72,6 +78,24 @@ def experiments() -> dict:
             raise UserError(f"config: {Path(path).stem!r} appears twice")
         found[Path(path).stem] = config
     return found
+
+
+def names_of_implementations(devices) -> list[str | None]:
+    """What --implementation asks for, as `lcx.implementation.resolve` takes it."""
+    from lcx.implementation import HOPPER, PREFER_PALLAS
+
+    if FLAGS.implementation is None:
+        return [None]
+    found = []
+    for name in FLAGS.implementation.split(","):
+        if name not in ("xla", "pallas") or name in found:
+            raise UserError(f"implementation={name!r}: allowed are xla, pallas, each once, with a comma between")
+        found.append(name)
+    if "pallas" in found:
+        for where in devices:
+            if where.target is None or where.target.capability != HOPPER:
+                raise UserError(f"implementation='pallas' on {where.name}: the kernels are for Hopper: h100, h200")
+    return [PREFER_PALLAS if name == "pallas" else name for name in found]
 
 
 def _lengths() -> list[int]:
@@ -126,7 +150,24 @@ def main() -> None:
             console.print(f"{row.method} on {row.device}: longest {limit}", markup=False, soft_wrap=True)
 
     start = time.perf_counter()
-    rows = plan(model, found, devices, lengths, chunk_size=FLAGS.chunk_size, on_rows=on_rows, **settings)
+    rows = []
+    for name in names_of_implementations(devices):
+        more = plan(
+            model,
+            found,
+            devices,
+            lengths,
+            chunk_size=FLAGS.chunk_size,
+            on_rows=on_rows,
+            implementation=name,
+            **settings,
+        )
+        several = FLAGS.implementation is not None and "," in FLAGS.implementation
+        rows += (
+            [replace(row, method=f"{row.method}, {row.implementation.partition(',')[0]}") for row in more]
+            if several
+            else more
+        )
     seconds = time.perf_counter() - start
     wide = Console(highlight=False, width=max(console.width, 132))
     for where in devices:

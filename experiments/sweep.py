@@ -146,6 +146,7 @@ def main() -> None:
         "seeds": whole_numbers("seed", FLAGS.seed, 0),
         "budget": FLAGS.budget,
         "keep_ratio": FLAGS.keep_ratio,
+        "implementation": FLAGS.implementation,
         "changes": changes,
     }
     retry = words("retry", FLAGS.retry, RETRY)

@@ -66,6 +66,13 @@ class Bounds(NamedTuple):
     kv_hi: jax.Array
 
 
+class Near(NamedTuple):
+    """A mask by distance: the `window` most recent tokens, the query's own included, and the first `sink` tokens of the text."""
+
+    window: int
+    sink: int = 0
+
+
 Allow = Callable[[jax.Array, jax.Array], jax.Array]  # (q_pos [B,1,1,T,1], kv_pos [B,R,1,1,S]) -> bool, broadcastable
 Reach = Callable[[Bounds], tuple[jax.Array, jax.Array]]  # -> (some pair may be allowed, every pair is allowed)
 

@@ -34,6 +34,7 @@ class Experiment:
       model: default model; the flag --model overrides it.
       lengths: default context lengths in tokens.
       paper: the paper's figures, name -> number, for reports.
+      implementation: of attention: None, "xla", "pallas" or "cudnn", see `lcx.implementation`.
     """
 
     recipe: Recipe
@@ -42,6 +43,7 @@ class Experiment:
     model: str = "smollm2-135m"
     lengths: tuple[int, ...] = (512, 1_024, 2_048)
     paper: Mapping[str, float] = field(default=NO_PAPER, hash=False)
+    implementation: str | None = None
 
     def load_aux(self, model: ModelConfig) -> Aux | None:
         return None if self.aux is None else self.aux.load(model)

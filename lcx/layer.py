@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
-from lcx.attention import EMPTY, Partial, Source, attend, attend_visits, merge, tokens_source
+from lcx.attention import EMPTY, Near, Partial, Source, attend_visits, merge, tokens_source
 from lcx.cache import Edit, Held, Slots, Store, Tokens
+from lcx.implementation import attend
 from lcx.recipe import Chain, Pattern, Recipe
 
 
@@ -33,6 +34,7 @@ class Ctx:
       allow: the combined mask of pattern and model window, None where everything is visible.
       lse, out: of the merged attention [B,R,G,T], [B,R,G,T,D]; None before attention.
       window: the model's own window of this layer, or None.
+      implementation: of attention, as `implementation.resolve` returned it.
     """
 
     q: jax.Array
@@ -49,6 +51,7 @@ class Ctx:
     lse: jax.Array | None = None
     out: jax.Array | None = None
     window: int | None = None
+    implementation: str = "xla"
 
     @property
     def last_pos(self) -> jax.Array:
@@ -140,6 +143,18 @@ def _with_mask(ctx: Ctx, pattern: Pattern) -> Ctx:
     return replace(ctx, allow=allow)
 
 
+def _near(ctx: Ctx, pattern: Pattern) -> Near | None:
+    """What `_with_mask` lets a query see as a window with sinks; None where it is something else, or nothing is hidden."""
+    own = None if ctx.window is None else Near(ctx.window)
+    if type(pattern).allow is Pattern.allow:
+        return own
+    chosen = pattern.near(ctx)
+    if chosen is None or own is None:
+        return chosen
+    # sinks within a window of the model's are no window with sinks
+    return own if own.window <= chosen.window else (chosen if chosen.sink == 0 else None)
+
+
 def _chain_attention(ctx: Ctx, recipe: Recipe, chain: Chain, stores, cache) -> tuple[Partial, Ctx, list]:
     """Merged attention of one chain; `ctx` comes back as it was rotated, with the positions that each segment's keys took."""
     pattern = recipe.pattern
@@ -190,7 +205,8 @@ def _chain_attention(ctx: Ctx, recipe: Recipe, chain: Chain, stores, cache) -> t
     else:
         sources.append(own)
     if sources:
-        parts.append(attend(ctx.q, sources, ctx.pos, reach=reach if masked else None, **settings))
+        hints = {"reach": reach if masked else None, "near": _near(ctx, pattern) if masked else None}
+        parts.append(attend(ctx.q, sources, ctx.pos, implementation=ctx.implementation, **hints, **settings))
     part = merge(parts)
     return part, replace(ctx, lse=part.lse, out=part.out), [turned.get(s.name) for s in chain]
 

@@ -149,8 +149,11 @@ def _per_head(config: ModelConfig, aux) -> dict[str, jax.Array]:
     return {n: jnp.asarray(a).reshape(config.num_kv_heads, config.group) for n, a in aux.get("per_head", {}).items()}
 
 
-def run_block(w, x, pos, cache, aux, *, config: ModelConfig, recipe: Recipe, local: bool):
-    """One layer: x [B,T,E] -> (x, cache).  `w` name -> weight; `aux` the layer's arrays; `recipe` of this phase and layer."""
+def run_block(w, x, pos, cache, aux, *, config: ModelConfig, recipe: Recipe, local: bool, implementation: str = "xla"):
+    """One layer: x [B,T,E] -> (x, cache).  `w` name -> weight; `aux` the layer's arrays; `recipe` of this phase and layer.
+
+    `implementation`: of attention, as `lcx.implementation.resolve` returned it.
+    """
     q, k_raw, v = _enter(w, config, x)
     q_raw = split_heads(q, config.num_kv_heads)
     k_raw, v = k_raw.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -166,6 +169,7 @@ def run_block(w, x, pos, cache, aux, *, config: ModelConfig, recipe: Recipe, loc
         rotate=turn,
         per_head=_per_head(config, aux),
         window=config.window if local else None,
+        implementation=implementation,
     )
     out, cache = attention(ctx, recipe, cache, aux.get("heads", {}))
     return _leave(w, config, x, out), cache
@@ -196,11 +200,11 @@ def run_repack(cache, empty, aux, *, config: ModelConfig, recipe: Recipe, old_re
     return repack(ctx, old_recipe, recipe, cache, empty, aux.get("heads", {}))
 
 
-@partial(jax.jit, static_argnames=("graph", "config", "recipe", "local"), donate_argnames=("cache",))
-def block_program(state, x, pos, cache, aux, *, graph, config, recipe, local):
+@partial(jax.jit, static_argnames=("graph", "config", "recipe", "local", "implementation"), donate_argnames=("cache",))
+def block_program(state, x, pos, cache, aux, *, graph, config, recipe, local, implementation="xla"):
     """`run_block` on the split module of one layer; its cache is donated and written in place."""
     w = {n: p[...] for n, p in vars(nnx.merge(graph, state)).items() if isinstance(p, nnx.Param)}
-    return run_block(w, x, pos, cache, aux, config=config, recipe=recipe, local=local)
+    return run_block(w, x, pos, cache, aux, config=config, recipe=recipe, local=local, implementation=implementation)
 
 
 @partial(jax.jit, static_argnames=("config", "recipe", "old_recipe", "local"), donate_argnames=("empty",))

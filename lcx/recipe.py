@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lcx.attention import EMPTY
+from lcx.attention import EMPTY, Near
 from lcx.cache import Edit, Held, Slots, Store, Tokens, shape_bytes
 from lcx.config import ModelConfig
 from lcx.errors import UserError
@@ -39,6 +39,10 @@ class Pattern:
 
     def reach(self, ctx, bounds):
         """(some pair of the tile may be allowed, every pair is), bool scalars, from `attention.Bounds`.  None: not known."""
+        return None
+
+    def near(self, ctx) -> Near | None:
+        """`allow` as a window with sinks, where it is one: the only mask that kernels know.  None: it is not, or there is no `allow`."""
         return None
 
     def visit(self, ctx, held: Held):

@@ -15,6 +15,7 @@ import numpy as np
 from lcx.attention import EMPTY
 from lcx.cache import device_bytes, shape_bytes
 from lcx.errors import UserError
+from lcx.implementation import resolve
 from lcx.model import Layers, Model, block_program, embed_program, last_rows, repack_program
 from lcx.recipe import Aux, Recipe
 from lcx.schedules.chunked import OneShot
@@ -64,6 +65,7 @@ class Session:
       aux: the method's arrays, one dict a layer.
       batch: texts side by side.
       schedule: `OneShot()` or `Chunked(size)`.
+      implementation: of attention: None, "xla", "pallas" or "cudnn", see `lcx.implementation`.
 
     Raises:
       UserError: a recipe that does not suit the model or the schedule, or aux that does not fit.
@@ -79,7 +81,9 @@ class Session:
         aux: Aux | None = None,
         batch=1,
         schedule=None,
+        implementation: str | None = None,
     ):
+        self.implementation = resolve(implementation)
         self.layers = model if isinstance(model, Layers) else Layers.of(model)
         self.config = self.layers.config
         self.recipe, self.prompt, self.new_tokens, self.batch = recipe, prompt, new_tokens, batch
@@ -200,6 +204,7 @@ class Session:
             "config": self.config,
             "recipe": self.recipes[phase][layer],
             "local": self.config.is_local(layer),
+            "implementation": self.implementation,
         }
         return (state, x, pos, cache, self.aux[layer]), static
 

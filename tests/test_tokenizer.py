@@ -14,7 +14,7 @@ from lcx import texts
 from lcx.errors import UserError
 from lcx.pretrained import CheckpointFormatError, Tokenizer
 from lcx.pretrained.gguf_header import open_gguf
-from lcx.pretrained.registry import MODELS, located, is_installed
+from lcx.pretrained.registry import MODELS, is_installed, located
 
 FILE = "SmolLM2"
 

@@ -80,7 +80,16 @@ def divergence(layers: Layers, reference: jax.Array, x: jax.Array) -> tuple[floa
 def make_session(layers: Layers, experiment: Experiment, prompt: int, new_tokens: int = 0, batch: int = 1) -> Session:
     """A session for an experiment's recipe, arrays and schedule."""
     aux = experiment.load_aux(layers.config)
-    return Session(layers, experiment.recipe, prompt, new_tokens, aux=aux, batch=batch, schedule=experiment.schedule)
+    return Session(
+        layers,
+        experiment.recipe,
+        prompt,
+        new_tokens,
+        aux=aux,
+        batch=batch,
+        schedule=experiment.schedule,
+        implementation=experiment.implementation,
+    )
 
 
 def score_text(layers: Layers, experiment: Experiment, ids) -> Score:

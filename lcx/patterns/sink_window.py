@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lcx.attention import Near
 from lcx.errors import UserError
 from lcx.recipe import Pattern
 
@@ -33,6 +34,9 @@ class AShape(Pattern):
     def reach(self, ctx, bounds):
         some = (bounds.kv_lo < self.sink) | (bounds.q_lo - bounds.kv_hi < self.window)
         return some, (bounds.kv_hi < self.sink) | (bounds.q_hi - bounds.kv_lo < self.window)
+
+    def near(self, ctx):
+        return Near(self.window, self.sink)
 
     def with_budget(self, budget):
         _check("budget", budget, self.sink + 1)

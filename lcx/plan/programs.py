@@ -84,6 +84,7 @@ class Setting:
       weight_bytes: of all weights as they are counted.
       steps: tokens of the steps after the prompt.
       collective_bytes: for each token of a step, what joining the devices' partial sums takes.
+      implementation: of attention, as `lcx.implementation.resolve` returned it.
     """
 
     config: ModelConfig
@@ -93,6 +94,7 @@ class Setting:
     weight_bytes: int
     steps: tuple[int, ...] = (1,)
     collective_bytes: int = 0
+    implementation: str = "xla"
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def timeline(setting: Setting, experiment: Experiment, length: int, aux: Aux | N
         aux=aux,
         batch=setting.batch,
         schedule=experiment.schedule,
+        implementation=setting.implementation,
     )
     width = experiment.schedule.width(length)
     kinds = {phase: _first_of_kind(session.kinds[phase]) for phase in ("prefill", "decode")}

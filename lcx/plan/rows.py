@@ -15,6 +15,7 @@ from lcx.attention import FAR
 from lcx.config import ModelConfig
 from lcx.errors import UserError
 from lcx.experiment import Experiment
+from lcx.implementation import resolve
 from lcx.measure.gpu_targets import MIB, GpuTarget
 from lcx.plan.devices import Device, budget_bytes, check_compiler, device
 from lcx.plan.models import planned_aux, shard, weight_table
@@ -36,6 +37,7 @@ class PlanRow:
 
     Attributes:
       model, num_layers, method, device, num_devices, dtype, weight_bits, batch: what was asked for.
+      implementation: of attention, as resolved for the device.
       chunk_size: tokens of a prefill step; None: one shot.
       length: tokens of the prompt.
       new_tokens: tokens that there is room for after it.
@@ -65,6 +67,7 @@ class PlanRow:
     dtype: str
     weight_bits: int | None
     batch: int
+    implementation: str
     chunk_size: int | None
     length: int
     new_tokens: int
@@ -137,6 +140,7 @@ class Job:
             dtype=jnp.dtype(self.setting.dtype).name,
             weight_bits=self.weight_bits,
             batch=self.setting.batch,
+            implementation=self.setting.implementation,
             chunk_size=getattr(experiment.schedule, "size", None),
             length=length,
             new_tokens=self.setting.new_tokens,
@@ -177,6 +181,7 @@ def make_job(
     budget: int | None = None,
     keep_ratio: float | None = None,
     shortest: int = 1,
+    implementation: str | None = None,
 ) -> Job:
     """Check all that can be checked before anything is compiled.
 
@@ -211,6 +216,7 @@ def make_job(
         sum(weight_table(part, kind, weight_bits).values()),
         tuple(steps),
         part.d_model * kind.itemsize if where.count > 1 else 0,
+        resolve(implementation, None if where.target is None else where.target.capability),
     )
     return Job(
         model,
@@ -253,7 +259,7 @@ def plan(
       chunk_size: tokens of a prefill step, but for methods that need the whole prompt at once.
       limits: whether to search for the longest context that fits.
       on_rows: called with the rows of a method on a device as they are done.
-      settings: keyword arguments of `make_job`: new_tokens, batch, dtype, weight_bits, reserve_mib, budget, keep_ratio.
+      settings: keyword arguments of `make_job`: new_tokens, batch, dtype, weight_bits, reserve_mib, budget, keep_ratio, implementation.
 
     Returns:
       Rows in the order of devices, methods and lengths.

@@ -103,6 +103,7 @@ def notes(rows: Sequence[PlanRow]) -> list[str]:
         f"One device: {weights}, exact caches in {row.dtype}, batch {row.batch}, {chunks} but for methods that need the whole "
         f"prompt at once, room for {row.new_tokens} tokens after the prompt; fits: peak within {_gib(row.memory_bytes)} GiB "
         f"less {_gib(row.reserve_bytes)} GiB in reserve; the longest context is rounded down to a multiple of {STEP:,}.  "
+        f"Attention: {' | '.join(dict.fromkeys(r.implementation for r in rows))}.  "
         "Times are predicted from a roofline, nothing ran."
     ]
     said: dict[str, list[str]] = {}

@@ -158,6 +158,7 @@ class Bench:
         peak_cache = session.predicted_peak_cache_bytes()
         row: Row = {
             "programs": compiled.num_programs,
+            "implementation": session.implementation,
             "recipe_bytes": experiment.recipe.bytes(*sizes, aux=aux, batch=point.batch, dtype=dtype),
             "bits_per_value": memory.bits_per_value(experiment.recipe, *sizes, aux=aux, dtype=dtype),
             "peak_cache_bytes": peak_cache,

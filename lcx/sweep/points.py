@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ class Point:
     def key(self) -> str:
         """Hash of everything that a row depends on, machine and version apart."""
         parts = (self.experiment.recipe, self.experiment.schedule, self.aux_sha256, self.settings, *self.cell)
+        if self.experiment.implementation is not None:
+            parts = (*parts, self.experiment.implementation)
         return hashlib.sha256(repr((*parts, self.model_sha256)).encode()).hexdigest()[:16]
 
     @property
@@ -160,6 +162,8 @@ def experiment_of(spec: Mapping[str, Any], settings: Settings) -> Experiment:
         raise UserError(f"configs: {spec['config']!r} is a sweep; allowed are configs of one method")
     if spec["length"] <= settings.continuation:
         raise UserError(f"lengths: {spec['length']} must be above the continuation of {settings.continuation} tokens")
+    if spec.get("implementation") is not None:
+        experiment = replace(experiment, implementation=spec["implementation"])
     if spec["chunk_size"] is not None:
         experiment = experiment.with_chunks(spec["chunk_size"])
     # what keeps all tokens has no budget to share
@@ -208,6 +212,7 @@ def specs(
     seeds: Sequence[int] = (0,),
     budget: int | None = None,
     keep_ratio: float | None = None,
+    implementation: str | None = None,
     changes: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Specs of all points, length by length, the first config first: the others are compared with it.
@@ -218,6 +223,7 @@ def specs(
       models, dtypes, batches, seeds: every combination is run.
       budget: tokens per KV head.
       keep_ratio: fraction of the prompt.
+      implementation: of attention, as in `Experiment`.
       changes: path of a config -> changes of its fields.
 
     Raises:
@@ -249,6 +255,7 @@ def specs(
             "budget": budget,
             "keep_ratio": keep_ratio,
             "chunk_size": sweep.chunk_size,
+            "implementation": implementation,
         }
         for model in models
         for dtype in dtypes

@@ -48,6 +48,7 @@ COLUMNS = (
     Column("prompt", "int", "tokens read by the prefill"),
     Column("seed", "int", "which passages of the text; 0: its start"),
     Column("schedule", "str", "how the prompt is read"),
+    Column("implementation", "str", "of attention: xla, pallas, cudnn, or what is taken source by source", True),
     Column("ttft_s", "float", "time to first token: prefill with the last token's logits, median over ttft_n, s", True),
     Column("ttft_p10_s", "float", "10th percentile, s", True),
     Column("ttft_p90_s", "float", "90th percentile, s", True),

@@ -1,0 +1,56 @@
+"""Parts that the attention kernels share: constants, register arrays in the layout of wgmma, and how rows are written out."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+HALF = 64  # rows of a consumer warpgroup: M of one wgmma; two of them make the 128 of a tile
+PRODUCER = 2  # index of the producer's warpgroup
+HIDDEN = -1e30  # logit of a pair that is not visible, in powers of two
+LOG2E = math.log2(math.e)
+LINE = 128  # bytes of a row that are written at a time
+SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # of 16-bit operands
+
+
+def empty(rows: int, columns: int | None = None):
+    """float32 zeros in registers: [rows, columns], or one a row."""
+    if columns is None:
+        return plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def line_buffer(dtype):
+    """Shared memory through which `write_rows` goes, for both consumers."""
+    columns = LINE // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(LINE))
+    return plgpu.SMEM((2, HALF, columns), dtype, transforms=transforms)
+
+
+def write_rows(acc, buffer, out_ref):
+    """Writes acc [HALF, D] to out_ref [HALF, D] of the type of `buffer` [HALF, columns], so many columns at a time."""
+    columns = buffer.shape[1]
+    for c in range(0, acc.shape[1], columns):
+        # the copy before this one, of this call or the last, has read the buffer
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffer[...] = acc[:, c : c + columns].astype(buffer.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer, out_ref.at[:, pl.ds(c, columns)])
+
+
+def capped(raw, factor, softcap):
+    """Logits in units of which exp2 takes `unit` each, (logits, unit, d logits / d raw up to the factor or None without softcap)."""
+    if softcap is None:
+        return raw, factor, None
+    # tanh of the hardware is off by 2^-11 of softcap, this one by 2^-21; the result is in powers of two already
+    rest = 2 / (1 + jnp.exp2(raw * (2 * factor / softcap)))
+    return softcap * LOG2E * (1 - rest), 1.0, rest * (2 - rest)
+
+
+def rows_of(values, shape, axis: int):
+    """One value a row (axis 0) or a column (axis 1), spread over [rows, columns]."""
+    return lax.broadcast_in_dim(values, shape, [axis])

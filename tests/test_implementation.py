@@ -1,0 +1,108 @@
+"""Attention through the kernels is attention through XLA: whatever a source holds, and what cannot be honoured is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from interpret_support import interpreted
+
+from lcx.attention import EMPTY, Near, Source, tokens_source
+from lcx.errors import UserError
+from lcx.implementation import PREFER_PALLAS, attend, resolve
+
+B, K, D = 2, 2, 64
+SCALE = D**-0.5
+
+
+def tokens(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
+
+
+def slots(S, pos, plain=True):
+    """Slots in any order."""
+    k, v = tokens(1, B, K, D, S), tokens(2, B, K, S, D)
+
+    def tile(start, size):
+        return jax.lax.dynamic_slice_in_dim(k, start, size, 3), jax.lax.dynamic_slice_in_dim(v, start, size, 2)
+
+    return Source(pos=jnp.asarray(pos, jnp.int32), tile=tile, plain=plain)
+
+
+def near(window, sink):
+    """What a pattern passes: the mask, and its description."""
+    return {"allow": lambda q, kv: (kv < sink) | (q - kv < window), "near": Near(window, sink)}
+
+
+def held_positions(S, used, rows):
+    """`used` tokens of the text's first S, shuffled over the slots; the rest is EMPTY."""
+    rng = np.random.default_rng(3)
+    return np.stack(
+        [[rng.permutation(np.where(np.arange(S) < used, np.arange(S), EMPTY)) for _ in range(rows)] for _ in range(B)]
+    )
+
+
+def compare(q, sources, pos, **mask):
+    want = attend(q, sources, pos, scale=SCALE, **mask)
+    run = lambda q, pos: attend(q, sources, pos, scale=SCALE, implementation="pallas", **mask)  # noqa: E731
+    got = interpreted(run)(q, pos)
+    some = np.isfinite(np.asarray(want.lse))
+    np.testing.assert_array_equal(np.isfinite(np.asarray(got.lse)), some)
+    np.testing.assert_allclose(np.asarray(got.lse)[some], np.asarray(want.lse)[some], atol=2e-3)
+    # bfloat16 probabilities: 2^-9 relative, of values of about 1
+    np.testing.assert_allclose(np.float32(got.out), np.float32(want.out), atol=1e-2)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rows,mask", [(1, {}), (K, near(60, 4))])
+def test_decode_over_slots_in_any_order(rows, mask):
+    """A held cache and the step's own tokens; the queries of a group share a tile, and several blocks share the keys."""
+    G, T = 4, 3
+    q = tokens(0, B, K, G, T, D)
+    pos = jnp.asarray([[200, 201, 202], [200, 201, EMPTY]], jnp.int32)
+    sources = [
+        slots(256, held_positions(256, 200, rows)),
+        tokens_source(tokens(4, B, K, T, D), tokens(5, B, K, T, D), pos),
+    ]
+    compare(q, sources, pos, **mask)
+
+
+@pytest.mark.timeout(300)
+def test_a_chunk_of_a_prompt_that_is_padded():
+    """More rows than a tile has; the last row of the batch ends early."""
+    G, T = 1, 130
+    pos = jnp.stack([jnp.arange(100, 230), jnp.where(jnp.arange(T) < 77, jnp.arange(100, 230), EMPTY)]).astype(
+        jnp.int32
+    )
+    sources = [
+        slots(128, held_positions(128, 100, 1)),
+        tokens_source(tokens(4, B, K, T, D), tokens(5, B, K, T, D), pos),
+    ]
+    compare(tokens(0, B, K, G, T, D), sources, pos)
+
+
+def test_what_cannot_be_honoured_is_refused_or_left_to_xla():
+    pos = jnp.arange(3)[None].repeat(B, 0)
+    own = tokens_source(tokens(4, B, K, 3, D), tokens(5, B, K, 3, D), pos)
+    q = tokens(0, B, K, 1, 3, D)
+    held = slots(64, held_positions(64, 0, 1), plain=False)
+    some = {"allow": lambda q, kv: kv % 2 == 0}
+    want = attend(q, [held, own], pos, scale=SCALE)
+    for wrong, source, mask, name in (
+        ("decoded by XLA", held, {}, "pallas"),
+        ("not a window with sinks", own, some, "pallas"),
+        ("cuDNN serves plain causal attention", own, near(2, 0), "cudnn"),
+    ):
+        with pytest.raises(UserError, match=f"implementation='{name}'.*{wrong}"):
+            attend(q, [source], pos, scale=SCALE, implementation=name, **mask)
+    with pytest.raises(UserError, match="queries of float32"):
+        attend(q.astype(jnp.float32), [own], pos, scale=SCALE, implementation="pallas")
+    got = attend(q, [held], pos, scale=SCALE, implementation=PREFER_PALLAS)
+    assert np.isneginf(np.asarray(got.lse)).all() and np.isfinite(np.asarray(want.lse)).all()
+
+
+def test_a_device_that_is_not_hopper_gets_xla():
+    assert resolve(None, (9, 0)) == PREFER_PALLAS
+    assert resolve(None, (8, 0)) == resolve(None) == "xla"
+    assert resolve("pallas", (8, 0)) == "pallas"
+    with pytest.raises(UserError, match="implementation='triton': allowed are xla, pallas, cudnn"):
+        resolve("triton")
