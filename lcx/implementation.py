@@ -23,7 +23,7 @@ IMPLEMENTATIONS = ("xla", "pallas", "cudnn")
 PREFER_PALLAS = "pallas, else xla"
 HOPPER = (9, 0)
 DECODE_ROWS = 128  # query rows of a KV head that fill one tile of a kernel
-BLOCKS = 264  # of a grid that keeps 132 multiprocessors busy twice over
+BLOCKS = 132  # multiprocessors; a block of the kernel takes most of the shared memory of one
 MOST_LISTED = 2**26  # tiles of a list for one head; beyond, the list takes more memory than what it saves
 
 

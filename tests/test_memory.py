@@ -17,6 +17,7 @@ from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import chain
 from lcx.config import ModelConfig, param_shapes
 from lcx.errors import UserError
+from lcx.implementation import PREFER_PALLAS, resolve
 from lcx.measure.gpu_targets import TARGETS, compile_device, compile_for, gpu_target
 from lcx.model import Block, Layers, block_program, logits_program
 from lcx.patterns.quest import Quest
@@ -61,11 +62,13 @@ def shapes_of(config, dtype) -> Layers:
     return Layers(config, weights["embed"], weights["norm"], weights["lm_head"], layers)
 
 
-def block_memory(recipe, phase, tokens, dtype, target):
-    """XLA's memory plan of the last layer's block for a step of `tokens` tokens."""
+@cache
+def block_memory(recipe, phase, tokens, dtype, target, implementation=None):
+    """XLA's memory plan of the last layer's block for a step of `tokens` tokens; by default as a session on the target runs it."""
+    implementation = implementation or resolve(None, target.capability if target else None)
     layers = shapes_of(LLAMA3_8B, dtype)
     aux = HALF if any(c[0].heads != "all" for c in recipe.chains) else None
-    session = Session(layers, recipe, TOKENS, 0, aux=aux)
+    session = Session(layers, recipe, TOKENS, 0, aux=aux, implementation=implementation)
     layer = LLAMA3_8B.num_layers - 1
     cache = jax.eval_shape(lambda: session.empty(phase, layer))
     x = jax.ShapeDtypeStruct((1, tokens, LLAMA3_8B.d_model), dtype)
@@ -122,6 +125,20 @@ def test_decode_on_an_h200_needs_little_beside_the_cache(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chunk_on_an_h200_needs_little_beside_the_cache(name):
     check(recipes(None)[name], "prefill", CHUNK, jnp.bfloat16, h200(), 0.4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("phase,tokens", [("decode", 1), ("prefill", CHUNK)])
+def test_the_kernels_need_no_more_than_xla(name, phase, tokens):
+    """But for the parts of a split decode step, 132 tiles of 128 rows of out and q, and for what H2O's second pass reads again."""
+    plans = [
+        block_memory(recipes(None)[name], phase, tokens, jnp.bfloat16, h200(), implementation)
+        for implementation in ("xla", PREFER_PALLAS)
+    ]
+    assert plans[0].argument_size_in_bytes == plans[1].argument_size_in_bytes
+    parts = 132 * 128 * LLAMA3_8B.head_dim * (4 + 2)
+    more = {"h2o": 24 * 2**20}.get(name, 0)
+    assert plans[1].temp_size_in_bytes <= plans[0].temp_size_in_bytes + (parts if phase == "decode" else more)
 
 
 @pytest.mark.parametrize("name", NAMES)
