@@ -248,7 +248,7 @@ def plan(
     """Predict memory for every method, device and length; nothing runs and no array is made.
 
     Every program is compiled at the shortest and the longest length; those that can be the largest at the longest length that fits and
-    at one random length between, whose interpolation is checked first, and where the check misses 3 %, at up to two more.  Methods that
+    at one random length between, whose interpolation is checked first, and where the check misses 3 %, at up to four more.  Methods that
     read the prompt in one step are compiled at every length up to 4 times the longest that fits.
 
     Args:

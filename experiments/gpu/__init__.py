@@ -1,0 +1,1 @@
+"""What `experiments.bench_gpu` measures, against whom, and how it takes times."""

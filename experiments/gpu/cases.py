@@ -1,0 +1,227 @@
+"""The rows of the benchmark: shapes, what a kernel does with them, what it costs at least, and a float32 reference at small sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx.attention import Near, Partial, Source
+from lcx.attention import attend as reference_attend
+from lcx.implementation import attend as attend_by
+from pallas_kernels.attend import attend
+from pallas_kernels.attend_bwd import attend_with_gradient
+from pallas_kernels.lists import ROWS, SIZE, BlockList, from_blocks
+from pallas_kernels.mask import Mask
+
+CHECKED = {
+    "forward": 1e-2,
+    "backward": 1.5e-2,
+    "decode": 1e-2,
+}  # relative to the largest value: bfloat16 P, and dS in a gradient
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Attributes:
+      kernel: "forward", "backward" or "decode".
+      tokens: keys; of prefill queries too.
+      head_dim, heads, kv_heads, batch: shapes.
+      density: share of the causal tiles that a list holds; None: no list.
+      window, sink: of the mask, None and 0: causal alone.
+      queries: T; None: 1 in decode, all tokens else.
+    """
+
+    kernel: str
+    tokens: int
+    head_dim: int = 128
+    heads: int = 32
+    kv_heads: int = 8
+    batch: int = 1
+    density: float | None = None
+    window: int | None = None
+    sink: int = 0
+    queries: int | None = None
+
+    @property
+    def name(self) -> str:
+        mask = "causal" if self.window is None else f"window {self.window} + {self.sink}"
+        what = mask if self.density is None else f"{mask}, list {self.density:.0%}"
+        return f"{self.kernel} {self.tokens:,} D {self.head_dim} {self.heads}/{self.kv_heads} x{self.batch} {what}"
+
+    @property
+    def T(self) -> int:
+        return self.queries or (1 if self.kernel == "decode" else self.tokens)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """q, k, v as the kernels take them."""
+        B, K, S, D = self.batch, self.kv_heads, self.tokens, self.head_dim
+        return (B, K, self.heads // K, self.T, D), (B, K, D, S), (B, K, S, D)
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(window=self.window, sink=self.sink)
+
+    @property
+    def flops(self) -> float:
+        """Operations that the mask and the list need: 4 D a pair of query and visible key, 2.5 times as many more for a gradient."""
+        T, S = self.T, self.tokens
+        if self.density is not None:
+            # tiles on the diagonal are half visible
+            pairs = int(self.chosen().sum()) / self.heads * ROWS * SIZE - -(-T // ROWS) * ROWS * (ROWS - 1) / 2
+        elif self.window is not None:
+            pairs = sum(min(S - T + t + 1, self.window + self.sink) for t in range(T))
+        else:
+            pairs = T * S - T * (T - 1) / 2
+        # a row of gradients has its forward pass in it
+        return 4 * self.batch * self.heads * self.head_dim * pairs * (3.5 if self.kernel == "backward" else 1)
+
+    @property
+    def bytes(self) -> float:
+        """Keys and values, read once, in 16 bits."""
+        return 2 * 2 * self.batch * self.kv_heads * self.tokens * self.head_dim
+
+    def arrays(self, seed: int = 0, dtype=jnp.bfloat16):
+        keys = jax.random.split(jax.random.key(seed), 3)
+        return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, self.shapes, strict=True))
+
+    def chosen(self, seed: int = 0) -> np.ndarray:
+        """bool [1,H,Q,N]: random causal tiles of the density; the diagonal and the first are always among them."""
+        Q, N = -(-self.T // ROWS), -(-self.tokens // SIZE)
+        rng = np.random.default_rng(seed)
+        first = N - Q
+        tiles = rng.random((1, self.heads, Q, N)) < (self.density or 0)
+        rows = np.arange(Q)
+        tiles[:, :, rows, rows + first] = True
+        tiles[..., 0] = True
+        return tiles & (np.arange(N) <= (rows + first)[:, None])
+
+    def blocks(self) -> BlockList | None:
+        """The list, made in XLA outside of what is timed."""
+        if self.density is None:
+            return None
+        offset = self.tokens - self.T
+        chosen = jnp.asarray(self.chosen())
+        width = max(1, int(chosen.sum(-1).max()))
+        return from_blocks(chosen, self.mask, self.T, self.tokens, q_offset=offset, width=width)
+
+
+def ours(case: Case, blocks: BlockList | None = None) -> Callable:
+    """The kernel as one function of (q, k, v); `blocks` are arguments of the program, not constants."""
+    scale, offset = case.head_dim**-0.5, case.tokens - case.T
+    if case.kernel == "decode":
+        near = None if case.window is None else Near(case.window, case.sink)
+        allow = None if near is None else (lambda q, kv: (kv < near.sink) | (q - kv < near.window))
+
+        def decode(q, k, v):
+            source = Source(
+                jnp.arange(case.tokens, dtype=jnp.int32)[None, None].repeat(case.batch, 0), _tiles(k, v), plain=True
+            )
+            pos = jnp.arange(offset, case.tokens, dtype=jnp.int32)[None].repeat(case.batch, 0)
+            return attend_by(q, [source], pos, scale=scale, near=near, allow=allow, implementation="pallas")
+
+        return decode
+    about: dict[str, Any] = {"scale": scale, "mask": case.mask, "q_offset": offset, "blocks": blocks}
+    if case.kernel == "forward":
+        return partial(attend, out_dtype=jnp.bfloat16, **about)
+
+    def loss(q, k, v):
+        return attend_with_gradient(q, k, v, out_dtype=jnp.bfloat16, **about).out.astype(jnp.float32).sum()
+
+    return jax.grad(loss, (0, 1, 2))
+
+
+def _tiles(k, v):
+    return lambda start, size: (
+        jax.lax.dynamic_slice_in_dim(k, start, size, 3),
+        jax.lax.dynamic_slice_in_dim(v, start, size, 2),
+    )
+
+
+def reference(case: Case) -> Callable:
+    """The same in float32 by `lcx.attention`, or through a dense mask where there is a list."""
+    scale, offset = case.head_dim**-0.5, case.tokens - case.T
+
+    def forward(q, k, v):
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        if case.density is None:
+            allow = None if case.window is None else (lambda q, kv: (kv < case.sink) | (q - kv < case.window))
+            pos = jnp.arange(case.tokens, dtype=jnp.int32)[None].repeat(case.batch, 0)
+            source = Source(pos[:, None], _tiles(k, v), held=False, plain=True)
+            return reference_attend(q, source, pos[:, offset:], scale=scale, allow=allow)
+        B, K, G, T, D = q.shape
+        logits = jnp.einsum("bkgtd,bkds->bkgts", q, k) * scale
+        tiles = jnp.asarray(case.chosen()).reshape(1, K, G, *case.chosen().shape[2:])
+        seen = jnp.repeat(jnp.repeat(tiles, ROWS, 3), SIZE, 4)[..., :T, : case.tokens]
+        seen &= jnp.arange(case.tokens) <= jnp.arange(offset, case.tokens)[:, None]
+        logits = jnp.where(seen, logits, -jnp.inf)
+        return Partial(jnp.einsum("bkgts,bksd->bkgtd", jax.nn.softmax(logits, -1), v), jax.nn.logsumexp(logits, -1))
+
+    if case.kernel != "backward":
+        return forward
+    return lambda *qkv: jax.grad(lambda q, k, v: forward(q, k, v).out.sum(), (0, 1, 2))(
+        *(x.astype(jnp.float32) for x in qkv)
+    )
+
+
+def error(case: Case, got, want) -> float:
+    """The largest difference of any result, over the largest value of it; lse is held to a tenth of that."""
+    if isinstance(want, Partial):
+        got, want = (got.out, 10 * got.lse), (want.out, 10 * want.lse)
+    found = 0.0
+    for a, b in zip(got, want, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        both = np.isneginf(a) & np.isneginf(b)
+        a, b = np.where(both, 0, a), np.where(both, 0, b)
+        if not np.isfinite(a).all():
+            return float("inf")
+        found = max(found, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)))
+    return found
+
+
+SMALL = {"heads": 4, "kv_heads": 2}
+# what is checked before anything is timed; on a CPU interpreted, so few tiles
+CHECKS = (
+    *(Case("forward", 256, D, **SMALL) for D in (64, 128, 256)),
+    Case("forward", 300, window=90, sink=4, **SMALL),
+    Case("forward", 512, density=0.1, heads=2, kv_heads=1, queries=256),
+    Case("backward", 128, 64, heads=2, kv_heads=1),
+    Case("backward", 128, 128, heads=2, kv_heads=1),
+    Case("decode", 700, **SMALL),
+    Case("decode", 700, heads=8, kv_heads=2, queries=4),
+    Case("decode", 700, window=200, sink=4, **SMALL),
+)
+
+
+def checks(on_gpu: bool) -> list[Case]:
+    """On a GPU the same at 2,048 tokens."""
+    return [replace(c, tokens=c.tokens + 2_048 - 256, queries=c.queries) if on_gpu else c for c in CHECKS]
+
+
+def timed_cases() -> list[Case]:
+    """Rows in the order of what a run that ends early must have first."""
+    dense = [Case("forward", n, d, batch=max(1, 65_536 // n)) for d in (128, 64, 256) for n in (16_384, 4_096, 65_536)]
+    long = [Case("forward", 131_072, 128)]
+    backward = [Case("backward", n, d, batch=max(1, 16_384 // n)) for d in (128, 64, 256) for n in (16_384, 4_096)]
+    sparse = [Case("forward", n, 128, density=p) for n in (131_072, 65_536, 16_384) for p in (0.1, 0.05, 0.2, 0.5)]
+    decode = [Case("decode", n, 128, batch=b) for n in (131_072, 32_768) for b in (1, 8)]
+    return [
+        *dense,
+        *sparse[:1],
+        *decode[:1],
+        *backward[:1],
+        *long,
+        *sparse[1:],
+        *backward[1:],
+        *decode[1:],
+        dense[0],
+        decode[0],
+    ]

@@ -1,0 +1,138 @@
+"""Other people's attention on the same card: each is optional, and says why where it is absent."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from experiments.gpu.cases import Case
+from experiments.gpu.timing import Timed, jax_timer, torch_timer
+
+
+class Absent(Exception):
+    """A peer that cannot take part in a row; says why."""
+
+
+def timers(case: Case) -> Iterator[tuple[str, Callable[[tuple[Any, ...]], Timed]]]:
+    """(name, what makes a timer from our q, k, v) of every peer; making one raises Absent, or whatever the peer does."""
+    yield "cudnn", lambda args: _cudnn(case, args)
+    yield "fa3-jax", lambda args: _fa3(case, args)
+    yield "tokamax", lambda args: _tokamax(case, args)
+    yield "torch-flash", lambda args: _torch(case, "FLASH_ATTENTION")
+    yield "torch-cudnn", lambda args: _torch(case, "CUDNN_ATTENTION")
+    yield "flex_attention", lambda args: _flex(case)
+
+
+def _need(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Absent(f"{name} does not import: {error}") from None
+
+
+def _plain(case: Case) -> None:
+    if case.density is not None:
+        raise Absent("takes no list of tiles")
+    if case.window is not None:
+        raise Absent("takes no window with sinks")
+
+
+def _tokens_first(args):
+    """q [B,T,H,D], k and v [B,S,K,D], as the field has them; made before the clock runs."""
+    import jax.numpy as jnp
+
+    q, k, v = args
+    B, K, G, T, D = q.shape
+    return q.reshape(B, K * G, T, D).swapaxes(1, 2), jnp.moveaxis(k, 3, 1), v.swapaxes(1, 2)
+
+
+def _maybe_gradient(case: Case, fn: Callable) -> Callable:
+    if case.kernel != "backward":
+        return fn
+    import jax
+    import jax.numpy as jnp
+
+    return lambda *qkv: jax.grad(lambda *x: fn(*x).astype(jnp.float32).sum(), (0, 1, 2))(*qkv)
+
+
+def _cudnn(case: Case, args) -> Timed:
+    import jax
+
+    _plain(case)
+    # one query row per text sees everything: no mask, where causal would hide all but the first key
+    causal = case.kernel != "decode"
+    run = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")  # noqa: E731
+    return jax_timer(_maybe_gradient(case, run), _tokens_first(args))
+
+
+def _fa3(case: Case, args) -> Timed:
+    _plain(case)
+    if case.head_dim != 128:
+        raise Absent("its wheel serves head_dim 128 alone")
+    module = _need("flash_attn3_jax")
+    if case.kernel == "decode":
+        raise Absent("its paged decode is not wired here")
+    run = lambda q, k, v: module.flash_mha(q, k, v, softmax_scale=case.head_dim**-0.5, is_causal=True)  # noqa: E731
+    return jax_timer(_maybe_gradient(case, run), _tokens_first(args))
+
+
+def _tokamax(case: Case, args) -> Timed:
+    _plain(case)
+    module = _need("tokamax")
+    if case.kernel == "decode":
+        raise Absent("serves prefill shapes")
+    run = lambda q, k, v: module.dot_product_attention(q, k, v, is_causal=True, implementation="mosaic")  # noqa: E731
+    return jax_timer(_maybe_gradient(case, run), _tokens_first(args))
+
+
+def _torch_arrays(case: Case):
+    torch = _need("torch")
+    if not torch.cuda.is_available():
+        raise Absent("torch sees no GPU")
+    B, K, D = case.batch, case.kv_heads, case.head_dim
+    sizes = ((B, case.heads, case.T, D), (B, K, case.tokens, D), (B, K, case.tokens, D))
+    needs = case.kernel == "backward"
+    return torch, [torch.randn(s, dtype=torch.bfloat16, device="cuda", requires_grad=needs) for s in sizes]
+
+
+def _torch_run(case: Case, arrays, forward: Callable) -> Timed:
+    if case.kernel != "backward":
+        return torch_timer(forward)
+    import torch
+
+    # our row is a forward pass and its gradients, so theirs is too
+    return torch_timer(lambda: torch.autograd.grad(forward().sum(), arrays))
+
+
+def _torch(case: Case, backend: str) -> Timed:
+    _plain(case)
+    torch, arrays = _torch_arrays(case)
+    attention = importlib.import_module("torch.nn.attention")
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    causal = case.kernel != "decode"
+
+    def forward():
+        with attention.sdpa_kernel(getattr(attention.SDPBackend, backend)):
+            return sdpa(*arrays, is_causal=causal, enable_gqa=True)
+
+    return _torch_run(case, arrays, forward)
+
+
+def _flex(case: Case) -> Timed:
+    """Compiled flex_attention; its BlockMask is the same causal mask, or the same tiles."""
+    torch, arrays = _torch_arrays(case)
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+    offset, mask = case.tokens - case.T, case.mask
+    tiles = None if case.density is None else torch.tensor(case.chosen()[0], device="cuda")
+
+    def allow(b, h, q, kv):
+        seen = kv <= q + offset
+        if mask.window is not None:
+            seen = seen & ((q + offset - kv < mask.window) | (kv < mask.sink))
+        return seen if tiles is None else seen & tiles[h, q // 128, kv // 128]
+
+    heads = None if tiles is None else case.heads
+    block = flex.create_block_mask(allow, None, heads, case.T, case.tokens, device="cuda", _compile=True)
+    compiled = torch.compile(flex.flex_attention)
+    return _torch_run(case, arrays, lambda: compiled(*arrays, block_mask=block, enable_gqa=True))

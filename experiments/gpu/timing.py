@@ -1,0 +1,111 @@
+"""Times on a GPU: kernel time by CUPTI, rounds of ours and peers in turn, and what the card was doing meanwhile."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+ROUNDS, ITERATIONS, WARMUPS = 3, 7, 3
+MOST_S = 6.0  # of one row, all implementations together
+
+Timed = Callable[[int], list[float]]  # iterations -> milliseconds of each
+
+
+def jax_timer(fn: Callable, args) -> Timed:
+    """Kernel time of a jitted function, by CUPTI; warmed up."""
+    import jax
+    from jax.experimental.mosaic.gpu import profiler
+
+    program = jax.jit(fn)
+    for _ in range(WARMUPS):
+        jax.block_until_ready(program(*args))
+
+    def times(iterations: int) -> list[float]:
+        _, found = profiler.measure(program, iterations=iterations)(*args)
+        return [float(x) for x in np.atleast_1d(found)]
+
+    return times
+
+
+def torch_timer(fn: Callable) -> Timed:
+    """Time of a torch function between CUDA events, the L2 cache flushed between calls, as triton.testing does it."""
+    import torch
+    from triton.testing import do_bench
+
+    for _ in range(WARMUPS):
+        fn()
+    torch.cuda.synchronize()
+    return lambda iterations: [
+        float(x) for x in do_bench(fn, warmup=1, rep=50 * iterations, return_mode="all")[:iterations]
+    ]
+
+
+def wall_ms(fn: Callable, args, calls: int = 20) -> float:
+    """Milliseconds a call of `calls` back to back: a check on CUPTI, launches included."""
+    import jax
+
+    program = jax.jit(fn)
+    jax.block_until_ready(program(*args))
+    start = time.perf_counter()
+    out = [program(*args) for _ in range(calls)]
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls * 1e3
+
+
+def in_turn(timers: Mapping[str, Timed]) -> dict[str, dict[str, float]]:
+    """name -> median, p10, p90 of milliseconds, and the median over rounds of ours / it.  "ours" is among the names."""
+    rounds: dict[str, list[list[float]]] = {name: [] for name in timers}
+    start = time.perf_counter()
+    for _ in range(ROUNDS):
+        for name, timer in timers.items():
+            rounds[name].append(timer(ITERATIONS))
+        if time.perf_counter() - start > MOST_S:
+            break
+    found = {}
+    for name, times in rounds.items():
+        flat = np.concatenate([np.asarray(t) for t in times])
+        ratio = np.median([np.median(a) / np.median(b) for a, b in zip(rounds["ours"], times, strict=True)])
+        quantiles = {f"p{q}": float(np.percentile(flat, q)) for q in (10, 90)}
+        found[name] = {"ms": float(np.median(flat)), "ours_over_it": float(ratio), "n": len(flat), **quantiles}
+    return found
+
+
+def card() -> dict[str, Any]:
+    """Clock, power and throttle reasons now; an empty dict where nvidia-smi is not there."""
+    fields = "name,clocks.sm,power.draw,clocks_event_reasons.active,temperature.gpu"
+    try:
+        line = subprocess.run(  # noqa: S603
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return {}
+    name, clock, power, reasons, temperature = (part.strip() for part in line.split(","))
+    return {"card": name, "sm_mhz": clock, "watts": power, "throttle": reasons, "celsius": temperature}
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 4 GiB on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jax.random.normal(jax.random.key(0), (2**30,), jnp.float32)
+    times = jax_timer(lambda x: x + 1, (x,))(10)
+    return 2 * x.nbytes / (float(np.median(times)) * 1e-3)
+
+
+def matmul_flops() -> float:
+    """Operations a second of an 8,192^3 bfloat16 product of random values."""
+    import jax
+    import jax.numpy as jnp
+
+    a, b = (jax.random.normal(jax.random.key(i), (8_192, 8_192), jnp.bfloat16) for i in range(2))
+    times = jax_timer(lambda a, b: a @ b, (a, b))(10)
+    return 2 * 8_192**3 / (float(np.median(times)) * 1e-3)
