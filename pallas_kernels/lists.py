@@ -139,7 +139,7 @@ def from_blocks(
     if some.shape[1] > 1 and blocks.shape[1] > some.shape[1]:
         if heads != some.shape[1]:
             raise UserError(f"heads={heads}: allowed is {some.shape[1]}, the KV heads that the mask's data are for")
-        some, every = (jnp.repeat(x, blocks.shape[1] // heads, axis=1) for x in (some, every))
+        some, every = (jnp.repeat(x, blocks.shape[1] // some.shape[1], axis=1) for x in (some, every))
     visit = blocks & some
     return _compact(visit, jnp.broadcast_to(every, visit.shape), width)
 

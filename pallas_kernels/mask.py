@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -22,9 +23,9 @@ class Walk(NamedTuple):
     With sink = 2 tiles and a window that begins in tile 5 of 8:   [0] [1]  .  .  .  [5] [6] [7]   sinks 2, first 5, steps 5
     """
 
-    steps: object
-    sinks: object
-    first: object
+    steps: jax.Array
+    sinks: jax.Array
+    first: jax.Array
 
     def tile(self, step):
         """Number of the tile that `step` visits."""
@@ -119,7 +120,7 @@ class Mask:
             first = jnp.maximum(kv_lo - q_start, 0)
         if self.near:
             # the last query whose window reaches back to the last key; keys of the sink are seen by all
-            window = jnp.minimum(span if self.spans else self.window, FAR)
+            window = jnp.minimum(span if self.spans else jnp.int32(self.window or FAR), FAR)
             end = jnp.clip(kv_hi - q_start + window, 0, T)
             end = jnp.where(kv_lo < self.sink, T, end) if self.sink else end
         end = jnp.where(kv_lo < kv_len, end, 0)

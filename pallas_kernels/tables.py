@@ -5,7 +5,7 @@ Every entry compiles for the H200 without a spilled register (tests/test_kernel_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # attend: forward
 
@@ -46,7 +46,7 @@ class AttendGradTile:
       rows: queries of a tile that the kernel of dk and dv reads.
       dq_stages, dkv_stages: tiles in flight.
       together: dk and dv in one kernel; otherwise one each, where both sums do not fit the registers.
-      registers: of a consumer's thread.
+      registers, producer_registers: of a thread of a consumer and of the producer; 2 x registers + producer_registers <= 504.
     """
 
     size: int
@@ -54,11 +54,56 @@ class AttendGradTile:
     dq_stages: int
     dkv_stages: int
     together: bool = True
-    registers: int = 240
+    registers: int = 232
+    producer_registers: int = 40
 
 
 ATTEND_GRAD = {
     64: AttendGradTile(size=64, rows=64, dq_stages=4, dkv_stages=4),
-    128: AttendGradTile(size=64, rows=64, dq_stages=3, dkv_stages=3),
-    256: AttendGradTile(size=64, rows=64, dq_stages=1, dkv_stages=1, together=False),
+    128: AttendGradTile(size=64, rows=64, dq_stages=3, dkv_stages=3, together=False),
 }
+
+
+# decode
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """Sizes of `decode`.
+
+    Attributes:
+      pages: of a slot; the warps of a consumer agree on a maximum once a slot.
+      stages: slots in flight, a multiple of `consumers`.
+      consumers: warpgroups that compute.
+      per_core: blocks that run on a core at a time.
+    """
+
+    pages: int
+    stages: int
+    consumers: int = 2
+    per_core: int = 1
+
+
+# (payload, head_dim): for 8 and 16 rows of queries
+DECODE = {
+    ("bf16", 64): DecodeTile(pages=2, stages=4),
+    ("bf16", 128): DecodeTile(pages=1, stages=6),
+    ("bf16", 256): DecodeTile(pages=1, stages=2),
+    ("fp8", 64): DecodeTile(pages=2, stages=4),
+    ("fp8", 128): DecodeTile(pages=2, stages=4),
+    ("fp8", 256): DecodeTile(pages=1, stages=4),
+    ("int8", 64): DecodeTile(pages=2, stages=4),
+    ("int8", 128): DecodeTile(pages=2, stages=4),
+    ("int8", 256): DecodeTile(pages=1, stages=4),
+    ("int4", 64): DecodeTile(pages=4, stages=4),
+    ("int4", 128): DecodeTile(pages=4, stages=4),
+    ("int4", 256): DecodeTile(pages=2, stages=4),
+    ("int2", 128): DecodeTile(pages=4, stages=4),
+    ("int2", 256): DecodeTile(pages=2, stages=4),
+}
+
+
+def decode_tile(kind: str, head_dim: int, rows: int) -> DecodeTile:
+    """The table's entry; with more than 16 `rows` a slot is one page."""
+    tile = DECODE[("bf16" if kind == "f16" else kind, head_dim)]
+    return tile if rows <= 16 else replace(tile, pages=1)

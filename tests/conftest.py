@@ -5,6 +5,15 @@ import os
 # before any import of jax; the workers of pytest-xdist import this file too
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# an interpreted kernel has three warpgroups that wait for each other inside of callbacks, and XLA:CPU has as many threads as cores:
+# with two cores the third may never run.  Read once, when the backend starts; commands that tests run must not inherit it
+os.environ["NPROC"] = str(max(8, os.cpu_count() or 1))
+
+import jax  # noqa: E402
+
+jax.devices()
+del os.environ["NPROC"]
+
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 # the first example of a shape compiles, so a deadline per example says nothing
@@ -36,8 +45,6 @@ def pytest_runtest_teardown(item, nextitem):
         if nextitem.originalname == item.originalname or _num_maps() < MOST_MAPS:
             return
     import gc
-
-    import jax
 
     jax.clear_caches()
     gc.collect()

@@ -99,8 +99,7 @@ def _torch_arrays(case: Case):
 def _torch_run(case: Case, arrays, forward: Callable) -> Timed:
     if case.kernel != "backward":
         return torch_timer(forward)
-    import torch
-
+    torch = importlib.import_module("torch")
     # our row is a forward pass and its gradients, so theirs is too
     return torch_timer(lambda: torch.autograd.grad(forward().sum(), arrays))
 

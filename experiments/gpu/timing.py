@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -26,16 +27,14 @@ def jax_timer(fn: Callable, args) -> Timed:
 
     def times(iterations: int) -> list[float]:
         _, found = profiler.measure(program, iterations=iterations)(*args)
-        return [float(x) for x in np.atleast_1d(found)]
+        return [float(x) for x in np.ravel(np.asarray(found, np.float64))]
 
     return times
 
 
 def torch_timer(fn: Callable) -> Timed:
     """Time of a torch function between CUDA events, the L2 cache flushed between calls, as triton.testing does it."""
-    import torch
-    from triton.testing import do_bench
-
+    torch, do_bench = importlib.import_module("torch"), importlib.import_module("triton.testing").do_bench
     for _ in range(WARMUPS):
         fn()
     torch.cuda.synchronize()
