@@ -120,7 +120,8 @@ class Mask:
             first = jnp.maximum(kv_lo - q_start, 0)
         if self.near:
             # the last query whose window reaches back to the last key; keys of the sink are seen by all
-            window = jnp.minimum(span if self.spans else jnp.int32(self.window or FAR), FAR)
+            back = span if self.spans else self.window
+            window = jnp.minimum(jnp.asarray(FAR if back is None else back), FAR)
             end = jnp.clip(kv_hi - q_start + window, 0, T)
             end = jnp.where(kv_lo < self.sink, T, end) if self.sink else end
         end = jnp.where(kv_lo < kv_len, end, 0)
