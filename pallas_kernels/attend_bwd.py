@@ -30,7 +30,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lcx.attention import BIG, Partial
 from pallas_kernels.attend import block_of, forward, steps_of
-from pallas_kernels.inputs import Data, check_arrays, listed_tiles, longest_first, pad, predicate, prepare, with_list
+from pallas_kernels.inputs import (
+    Data,
+    check_arrays,
+    key_block_of,
+    longest_first,
+    pad,
+    predicate,
+    prepare,
+    queries_of,
+    with_list,
+)
 from pallas_kernels.lists import FULL, ROWS, SIZE, BlockList, transpose
 from pallas_kernels.mask import Mask
 from pallas_kernels.registers import (
@@ -259,11 +269,11 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, soft
         kv_ready, q_ready, do_ready, q_free, do_free = barriers
         ref = Data(**dict(zip(names, inputs, strict=True)))
         wg = lax.axis_index("wg")
-        b, kv_head, n = _key_block(lax.axis_index("block"), B, K, N, ref)
+        b, kv_head, n = key_block_of(lax.axis_index("block"), B, K, N, ref)
         q_start, kv_len = ref.lengths[0, b], ref.lengths[1, b]
         span = None if ref.spans is None else ref.spans[b, kv_head]
         start = n * SIZE
-        walk = partial(_walk_queries, ref, mask, listed, (b, kv_head, n), H, q_start, T, kv_len, span, rows)
+        walk = partial(queries_of, ref, mask, listed, (b, kv_head, n), H, q_start, T, kv_len, span, rows)
 
         def over_heads(one_tile, carry):
             """`one_tile(h, count of tiles before, code, carry)` for the tiles of all heads; (number of tiles, carry)."""
@@ -385,30 +395,3 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, soft
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, do, lse, delta, [getattr(data, name) for name in names])
-
-
-def _key_block(block, B: int, K: int, N: int, ref: Data):
-    """(sequence, KV head, tile of keys) of a block; long ones first: by the list's order, else the first keys first."""
-    if ref.order is not None:
-        work = ref.order[block]
-        return lax.div(work, K * N), lax.rem(lax.div(work, N), K), lax.rem(work, N)
-    return lax.rem(lax.div(block, K), B), lax.rem(block, K), lax.div(block, K * B)
-
-
-def _walk_queries(ref: Data, mask: Mask, listed, at, H: int, q_start, T: int, kv_len, span, rows: int, h):
-    """As `steps_of`, by key: the tiles of queries of head `h` that visit a tile of keys."""
-    b, kv_head, n = at
-    if listed is not None:
-        return listed_tiles(ref, listed, (b, h, kv_head, n), H, rows)
-    if mask.positions:
-        return jnp.int32(-(-T // rows)), lambda step: step * 2
-    start = n * SIZE
-    walk = mask.walk_queries(start, start + SIZE - 1, q_start, T, kv_len, rows, span)
-
-    def entry(step):
-        tile = walk.tile(step)
-        q_lo = q_start + tile * rows
-        every = mask.every(q_lo, q_lo + rows - 1, start, start + SIZE - 1, span)
-        return tile * 2 + (jnp.where(every, FULL, 0) if not mask.segments else 0)
-
-    return walk.steps, entry

@@ -192,3 +192,30 @@ def predicate(ref: Data, mask: Mask, b, kv_head, kv_len, span, *, rows: int, key
         return jnp.where(held & mask.allow(q_pos, kv_pos, span), x, value)
 
     return hide
+
+
+def key_block_of(block, B: int, K: int, N: int, ref: Data):
+    """(sequence, KV head, tile of keys) of a block; long ones first: by the list's order, else the first keys first."""
+    if ref.order is not None:
+        work = ref.order[block]
+        return lax.div(work, K * N), lax.rem(lax.div(work, N), K), lax.rem(work, N)
+    return lax.rem(lax.div(block, K), B), lax.rem(block, K), lax.div(block, K * B)
+
+
+def queries_of(ref: Data, mask: Mask, listed, at, H: int, q_start, T: int, kv_len, span, rows: int, h):
+    """As `attend.steps_of`, by key: the tiles of queries of head `h` that visit a tile of keys."""
+    b, kv_head, n = at
+    if listed is not None:
+        return listed_tiles(ref, listed, (b, h, kv_head, n), H, rows)
+    if mask.positions:
+        return jnp.int32(-(-T // rows)), lambda step: step * 2
+    start = n * SIZE
+    walk = mask.walk_queries(start, start + SIZE - 1, q_start, T, kv_len, rows, span)
+
+    def entry(step):
+        tile = walk.tile(step)
+        q_lo = q_start + tile * rows
+        every = mask.every(q_lo, q_lo + rows - 1, start, start + SIZE - 1, span)
+        return tile * 2 + (jnp.where(every, FULL, 0) if not mask.segments else 0)
+
+    return walk.steps, entry
