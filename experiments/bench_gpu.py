@@ -6,7 +6,6 @@ every row for the H200 and checks the kernels in interpret mode at small sizes.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -20,6 +19,9 @@ from absl import flags
 
 from experiments import cli
 from lcx.errors import UserError
+
+# XLA says for each sort that it cannot time its library's without a GPU
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parent.parent
@@ -83,25 +85,15 @@ def versions() -> dict[str, Any]:
     }
 
 
-def interpreter():
-    """`interpreted` of tests/interpret_support.py, which fills the gaps of JAX's interpreter."""
-    path = ROOT / "tests" / "interpret_support.py"
-    spec = importlib.util.spec_from_file_location("interpret_support", path) if path.is_file() else None
-    if spec is None or spec.loader is None:
-        raise UserError(f"dry_run: {path.name} is not beside the package; run it in a checkout")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.interpreted
-
-
 def check(rows: Rows, on_gpu: bool) -> set[str]:
     """Kernels that are wrong."""
     import jax
 
     from experiments.gpu.cases import CHECKED, checks, error, ours, reference
+    from experiments.gpu.support import from_tests
 
     wrong = set()
-    run = jax.jit if on_gpu else interpreter()
+    run = jax.jit if on_gpu else from_tests("interpret_support").interpreted
     for case in selected(checks(on_gpu)):
         start = time.perf_counter()
         args = case.arrays()

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from aot_support import require_compiler
 
+from experiments.autotune import CHOICES, candidates, table, with_entry
 from experiments.bench_gpu import summary
 from experiments.gpu.cases import CHECKS, Case, error, timed_cases
 from lcx.attention import Partial
+from lcx.errors import UserError
+from pallas_kernels.tables import ATTEND
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,3 +84,33 @@ def test_goals_are_judged_by_the_worst_row(capsys):
     assert "forward   D 128  from 16,384 tokens: 0.95   0.940 NOT met" in text
     assert "D 64   from 16,384 tokens: 0.90   1.000 met" in text and "D 256  from 16,384 tokens: 0.95   no row" in text
     assert "0.900 of the copy bandwidth, goal 0.88 met" in text
+
+
+def test_autotune_writes_one_line_of_its_table():
+    source = (ROOT / "pallas_kernels" / "tables.py").read_text()
+    for kernel in CHOICES:
+        name, entries = table(kernel)
+        for head_dim, now in entries.items():
+            first, *others = candidates(kernel, now)
+            assert first == now and now not in others and len(set(others)) == len(others) >= 15
+            changed = with_entry(source, name, head_dim, others[-1])
+            space: dict = {"__name__": "tables"}
+            exec(compile(changed.replace("from __future__ import annotations", ""), "tables", "exec"), space)  # noqa: S102
+            # the class is another one: dataclasses of two modules never compare equal
+            assert {d: vars(t) for d, t in space[name].items()} == {
+                d: vars(others[-1] if d == head_dim else t) for d, t in entries.items()
+            }
+    with pytest.raises(UserError, match="ATTEND has 0 lines for head_dim 96"):
+        with_entry(source, "ATTEND", 96, ATTEND[128])
+
+
+def test_autotune_without_a_gpu_says_what_to_do():
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    for args, message in (
+        ((), "--dry_run"),
+        (("--dry_run", "--write"), "measures nothing"),
+        (("--dry_run", "--head_dim=96"), "ATTEND has 64, 128, 256"),
+    ):
+        command = [sys.executable, "-m", "experiments.autotune", *args.split()]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
