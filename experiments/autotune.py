@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +19,6 @@ from absl import flags
 
 from experiments import cli
 from lcx.errors import UserError
-
-# the compiler's dumps look for a disassembler that nobody needs, and log its absence for each kernel
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 FLAGS = flags.FLAGS
 TOKENS, BATCH = 16_384, 4
@@ -89,6 +88,20 @@ def with_entry(source: str, name: str, head_dim: int, tile: Any) -> str:
     return source[:start] + body + source[stop:]
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing on stderr: the compiler's dumps look for a disassembler that nobody needs, and log its absence for each kernel."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def main() -> None:
     import jax
     import jax.numpy as jnp
@@ -113,7 +126,8 @@ def main() -> None:
         try:
             if FLAGS.dry_run:
                 shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in case.shapes]
-                report = from_tests("aot_support").compile_kernel(run, *shapes)
+                with quiet():
+                    report = from_tests("aot_support").compile_kernel(run, *shapes)
                 fits = report.spill_stores == 0 and report.shared <= 232_448
                 print(f"{'fits' if fits else 'no  '}  {told}   {report}", flush=True)
                 continue

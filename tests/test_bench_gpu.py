@@ -111,6 +111,6 @@ def test_autotune_without_a_gpu_says_what_to_do():
         (("--dry_run", "--write"), "measures nothing"),
         (("--dry_run", "--head_dim=96"), "ATTEND has 64, 128, 256"),
     ):
-        command = [sys.executable, "-m", "experiments.autotune", *args.split()]
+        command = [sys.executable, "-m", "experiments.autotune", *args]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
