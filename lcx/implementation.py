@@ -35,15 +35,28 @@ def resolve(implementation: str | None, capability: tuple[int, int] | None = Non
       capability: compute capability of the GPU that is compiled for; None: of this process's device.
 
     Raises:
-      UserError: there is no such implementation.
+      UserError: there is no such implementation, or the device cannot run it.
     """
     if implementation == PREFER_PALLAS:
         return implementation
     if implementation is not None:
         if implementation not in IMPLEMENTATIONS:
             raise UserError(f"implementation={implementation!r}: allowed are {', '.join(IMPLEMENTATIONS)}, or None")
+        capability = capability or _capability()
+        if implementation == "pallas" and capability != HOPPER:
+            raise UserError(
+                f"implementation='pallas': the kernels are for Hopper (H100, H200), not {_named(capability)}"
+            )
+        if implementation == "cudnn" and capability is None:
+            raise UserError(f"implementation='cudnn': it needs an NVIDIA GPU, not {_named(capability)}")
         return implementation
     return PREFER_PALLAS if (capability or _capability()) == HOPPER else "xla"
+
+
+def _named(capability: tuple[int, int] | None) -> str:
+    return (
+        f"this {jax.default_backend()}" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+    )
 
 
 def _capability() -> tuple[int, int] | None:

@@ -262,6 +262,8 @@ WRONG = [
     ("sweep", ("--launcher=submitit_debug", "--slurm_args=gpus"), "slurm_args='gpus': allowed are NAME=VALUE pairs"),
     ("sweep", ("--memory_limit=much",), "memory_limit='much': allowed are sizes such as 16GiB"),
     ("sweep", ("--time_limit=0",), "time_limit"),
+    ("generate", ("--prompt=a", "--implementation=pallas"), "the kernels are for Hopper (H100, H200), not this cpu"),
+    ("generate", ("--prompt=a", "--implementation=triton"), "implementation"),
     ("sweep", ("--plan=h201",), "device='h201': allowed are cpu, h200"),
     ("sweep", ("--plan=cpu,cpu",), "plan='cpu,cpu': give each device once"),
     ("sweep", ("--workdir=/proc/no/such",), "cannot be made"),

@@ -103,6 +103,11 @@ def test_what_cannot_be_honoured_is_refused_or_left_to_xla():
 def test_a_device_that_is_not_hopper_gets_xla():
     assert resolve(None, (9, 0)) == PREFER_PALLAS
     assert resolve(None, (8, 0)) == resolve(None) == "xla"
-    assert resolve("pallas", (8, 0)) == "pallas"
+    assert resolve("pallas", (9, 0)) == "pallas" and resolve("cudnn", (8, 0)) == "cudnn"
+    with pytest.raises(UserError, match=r"the kernels are for Hopper \(H100, H200\), not compute capability 8.0"):
+        resolve("pallas", (8, 0))
+    for name in ("pallas", "cudnn"):
+        with pytest.raises(UserError, match=f"implementation='{name}': .*not this cpu"):
+            resolve(name)
     with pytest.raises(UserError, match="implementation='triton': allowed are xla, pallas, cudnn"):
         resolve("triton")
