@@ -5,7 +5,9 @@ Every entry compiles for the H200 without a spilled register (tests/test_kernel_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from lcx.errors import UserError
 
 # attend: forward
 
@@ -75,35 +77,46 @@ class DecodeTile:
       pages: of a slot; the warps of a consumer agree on a maximum once a slot.
       stages: slots in flight, a multiple of `consumers`.
       consumers: warpgroups that compute.
+      registers: of a consumer's thread.
       per_core: blocks that run on a core at a time.
     """
 
     pages: int
     stages: int
     consumers: int = 2
+    registers: int = 240
     per_core: int = 1
 
 
-# (payload, head_dim): for 8 and 16 rows of queries
+# (payload, head_dim) -> for up to 8, 16 and 64 rows of queries (heads of a group times tokens); f16 is as bf16.  None: 12 to 60 bytes of
+# registers a thread are spilled
 DECODE = {
-    ("bf16", 64): DecodeTile(pages=2, stages=4),
-    ("bf16", 128): DecodeTile(pages=1, stages=6),
-    ("bf16", 256): DecodeTile(pages=1, stages=2),
-    ("fp8", 64): DecodeTile(pages=2, stages=4),
-    ("fp8", 128): DecodeTile(pages=2, stages=4),
-    ("fp8", 256): DecodeTile(pages=1, stages=4),
-    ("int8", 64): DecodeTile(pages=2, stages=4),
-    ("int8", 128): DecodeTile(pages=2, stages=4),
-    ("int8", 256): DecodeTile(pages=1, stages=4),
-    ("int4", 64): DecodeTile(pages=4, stages=4),
-    ("int4", 128): DecodeTile(pages=4, stages=4),
-    ("int4", 256): DecodeTile(pages=2, stages=4),
-    ("int2", 128): DecodeTile(pages=4, stages=4),
-    ("int2", 256): DecodeTile(pages=2, stages=4),
+    ("bf16", 64): (DecodeTile(pages=2, stages=6), DecodeTile(pages=2, stages=4), DecodeTile(pages=1, stages=4)),
+    ("bf16", 128): (DecodeTile(pages=1, stages=6), DecodeTile(pages=1, stages=4), DecodeTile(pages=1, stages=4)),
+    ("bf16", 256): (DecodeTile(pages=1, stages=2), DecodeTile(pages=1, stages=2), DecodeTile(pages=1, stages=2)),
+    ("fp8", 64): (DecodeTile(pages=2, stages=6), DecodeTile(pages=2, stages=4), DecodeTile(pages=1, stages=4)),
+    ("fp8", 128): (DecodeTile(pages=2, stages=4), DecodeTile(pages=1, stages=6), DecodeTile(pages=1, stages=4)),
+    ("fp8", 256): (DecodeTile(pages=1, stages=4), DecodeTile(pages=1, stages=4), None),
+    ("int8", 64): (DecodeTile(pages=2, stages=6), DecodeTile(pages=2, stages=4), DecodeTile(pages=1, stages=4)),
+    ("int8", 128): (DecodeTile(pages=2, stages=4), DecodeTile(pages=1, stages=6), DecodeTile(pages=1, stages=4)),
+    ("int8", 256): (DecodeTile(pages=1, stages=4), DecodeTile(pages=1, stages=4), None),
+    ("int4", 64): (DecodeTile(pages=4, stages=6), DecodeTile(pages=2, stages=6), DecodeTile(pages=1, stages=6)),
+    ("int4", 128): (DecodeTile(pages=4, stages=4), DecodeTile(pages=2, stages=6), DecodeTile(pages=1, stages=6)),
+    ("int4", 256): (DecodeTile(pages=2, stages=4), DecodeTile(pages=1, stages=6), DecodeTile(pages=1, stages=2)),
+    ("int2", 64): (DecodeTile(pages=4, stages=6), DecodeTile(pages=2, stages=6), DecodeTile(pages=1, stages=6)),
+    ("int2", 128): (DecodeTile(pages=4, stages=6), DecodeTile(pages=2, stages=6), DecodeTile(pages=1, stages=6)),
+    ("int2", 256): (DecodeTile(pages=2, stages=6), DecodeTile(pages=1, stages=6), None),
 }
 
 
 def decode_tile(kind: str, head_dim: int, rows: int) -> DecodeTile:
-    """The table's entry; with more than 16 `rows` a slot is one page."""
-    tile = DECODE[("bf16" if kind == "f16" else kind, head_dim)]
-    return tile if rows <= 16 else replace(tile, pages=1)
+    """The table's entry for a payload and `rows` of queries.
+
+    Raises:
+      UserError: there is none.
+    """
+    narrow, middle, wide = DECODE["bf16" if kind == "f16" else kind, head_dim]
+    tile = narrow if rows <= 8 else middle if rows <= 16 else wide
+    if tile is None:
+        raise UserError(f"G * T = {rows} rows of queries: {kind} pages of head_dim {head_dim} serve at most 16")
+    return tile
