@@ -248,7 +248,7 @@ def entries():
     }
     for kind, head_dim in DECODE:
         for by in ("channel",) if kind == "bf16" else ("channel", "token"):
-            for G, T in ((4, 1), (8, 4)) if DECODE[kind, head_dim][2] is not None else ((4, 1),):
+            for G, T in ((4, 1), (4, 4), (8, 4)) if DECODE[kind, head_dim][2] is not None else ((4, 1), (4, 4)):
                 easy = (kind, head_dim, by) in cheap and T == 1
                 yield pytest.param(kind, head_dim, by, G, T, marks=() if easy else pytest.mark.slow)
 
