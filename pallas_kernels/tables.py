@@ -120,3 +120,28 @@ def decode_tile(kind: str, head_dim: int, rows: int) -> DecodeTile:
     if tile is None:
         raise UserError(f"G * T = {rows} rows of queries: {kind} pages of head_dim {head_dim} serve at most 16")
     return tile
+
+
+# score_blocks: products of rows by columns
+
+
+@dataclass(frozen=True)
+class ScoreTile:
+    """Sizes of `score_blocks`.
+
+    Attributes:
+      columns: of a tile, 128 or 256.
+      stages: slices of 64 channels in flight.
+      run: tiles of columns that a block of the grid takes one after the other.
+    """
+
+    columns: int
+    stages: int
+    run: int
+
+
+SCORE = {
+    64: ScoreTile(columns=256, stages=4, run=4),
+    128: ScoreTile(columns=256, stages=4, run=4),
+    256: ScoreTile(columns=256, stages=4, run=4),
+}
