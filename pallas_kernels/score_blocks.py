@@ -51,7 +51,7 @@ def score_pooled(
 ) -> jax.Array:
     """As `lcx.scores.score_pooled`; q and k in bfloat16 or float16, the products in float32."""
     check_pooled(q, k, scale, rows, size)
-    _check(q, k)
+    check_types(q, k)
     B, K, G, Q, D = q.shape
     N = k.shape[-1]
     first = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
@@ -70,7 +70,7 @@ def score_pooled(
 def score_minmax(q: jax.Array, low: jax.Array, high: jax.Array, *, tile: ScoreTile | None = None) -> jax.Array:
     """As `lcx.scores.score_minmax`; all in bfloat16 or float16, the products in float32."""
     check_minmax(q, low, high)
-    _check(q, low, high)
+    check_types(q, low, high)
     B, K, G, T, D = q.shape
     N = low.shape[-1]
     # the sum over d of max(q * low, q * high) is q+ . high + q- . low: one product of twice the channels
@@ -96,7 +96,7 @@ def score_antidiagonal(
     exp2 of a column is rounded to float16 before it is added up (relative 2^-11; below 2^-24 of its tile's largest it counts 0).
     """
     check_antidiagonal(q, k, stride, scale, q_offset)
-    _check(q, k)
+    check_types(q, k)
     B, K, G, T, D = q.shape
     S = k.shape[-1]
     head_dim, per_block = -(-D // SLICE) * SLICE, BLOCK // stride
@@ -141,7 +141,8 @@ def _tile(head_dim: int) -> ScoreTile:
     return SCORE[next(d for d in SCORE if d >= head_dim)]
 
 
-def _check(q, *others):
+def check_types(q, *others):
+    """Raises UserError for types and head dims that the kernels of scores do not serve."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) or any(x.dtype != q.dtype for x in others):
         raise UserError(f"q {q.dtype}, keys {others[0].dtype}: allowed are all bfloat16 or all float16")
     if q.shape[-1] > max(SCORE):

@@ -145,3 +145,26 @@ SCORE = {
     128: ScoreTile(columns=256, stages=4, run=4),
     256: ScoreTile(columns=256, stages=4, run=4),
 }
+
+
+# score_probe: the last queries by all keys
+
+
+@dataclass(frozen=True)
+class ProbeTile:
+    """Sizes of `score_probe`.
+
+    Attributes:
+      stages: tiles of 64 keys in flight.
+      run: tiles that a block of the grid takes.
+    """
+
+    stages: int
+    run: int
+
+
+PROBE = {
+    64: ProbeTile(stages=6, run=64),
+    128: ProbeTile(stages=6, run=64),
+    256: ProbeTile(stages=2, run=64),
+}

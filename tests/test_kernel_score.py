@@ -1,4 +1,4 @@
-"""K3, scores of blocks: references and kernels against float64 oracles, kernels interpreted with race detection and compiled for the H200."""
+"""K3, scores of blocks, against float64 oracles: references, kernels interpreted with race detection, and compiled for the H200."""
 
 from dataclasses import replace
 from functools import partial
@@ -12,8 +12,8 @@ from interpret_support import interpreted
 
 from lcx import scores
 from lcx.errors import UserError
-from pallas_kernels import score_blocks
-from pallas_kernels.tables import SCORE, ScoreTile
+from pallas_kernels import score_blocks, score_probe
+from pallas_kernels.tables import PROBE, SCORE, ProbeTile, ScoreTile
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -165,6 +165,58 @@ def test_page_extremes(shape):
     agree(interpreted(partial(score_blocks.score_minmax, tile=SMALL))(q, low, high), want, 1e-5)
 
 
+# the probe
+
+
+def oracle_probe(q, k, scale, q_offset, kv_len=None, window=None, softcap=None):
+    q, k = wide(q), wide(k)
+    B, K, G, T, _ = q.shape
+    S = k.shape[3]
+    columns, diagonals = np.zeros((2, B, K, G, S))
+    for b, t in np.ndindex(B, T):
+        position = np.broadcast_to(q_offset, B)[b] + t
+        length = np.broadcast_to(S if kv_len is None else kv_len, B)[b]
+        keys = np.arange(max(0, 0 if window is None else position - window + 1), max(0, min(position + 1, length)))
+        if not len(keys):
+            continue
+        logits = np.einsum("kgd,kds->kgs", q[b, :, :, t], k[b][..., keys]) * scale
+        if softcap is not None:
+            logits = softcap * np.tanh(logits / softcap)
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        columns[b][..., keys] += p
+        diagonals[b][..., position - keys] += p
+    return columns, diagonals
+
+
+@pytest.mark.parametrize(
+    "shape, asked",
+    [
+        (dict(S=500), dict(q_offset=436)),
+        # a text shorter than the probe, and one that ends within a tile
+        (dict(B=2, S=300, K=1, T=60), dict(q_offset=[-20, 130], kv_len=[40, 190])),
+        (dict(S=400, T=64, G=1), dict(q_offset=330, window=100, softcap=4.0)),
+        (dict(S=130, T=3, K=1, G=1, D=80), dict(q_offset=127)),
+        pytest.param(dict(S=256, D=128, dtype=jnp.float16), dict(q_offset=192), marks=pytest.mark.slow),
+        pytest.param(dict(S=256, D=256, K=1), dict(q_offset=192, kv_len=250), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_probe(shape, asked):
+    shape = dict(B=1, K=2, G=2, T=64, D=64, dtype=jnp.bfloat16) | shape
+    B, K, G, T, D, S = (shape[x] for x in "BKGTDS")
+    q, k = normal(B, K, G, T, D, dtype=shape["dtype"]), normal(B, K, D, S, seed=1, dtype=shape["dtype"])
+    want = oracle_probe(q, k, 0.2, **asked)
+    asked = {n: jnp.asarray(x, jnp.int32) if isinstance(x, list) else x for n, x in asked.items()}
+    plain = scores.score_probe(*(x.astype(jnp.float32) for x in (q, k)), scale=0.2, **asked)
+    tile = ProbeTile(stages=2, run=3)
+    got = interpreted(partial(score_probe.score_probe, scale=0.2, tile=tile, **asked))(q, k)
+    for a, b, expected in zip(plain, got, want, strict=True):
+        agree(a, expected, 1e-5)
+        # exp2 and logarithm of the lse in float32
+        agree(b, expected, 1e-4)
+
+
 # refusals
 
 
@@ -181,6 +233,11 @@ def test_wrong_calls_are_refused():
         ):
             with pytest.raises(UserError, match=message):
                 call(module)
+    for module in (scores, score_probe):
+        with pytest.raises(UserError, match="at most 64 queries"):
+            module.score_probe(q, k, scale=1.0, q_offset=0)
+        with pytest.raises(UserError, match="window=0"):
+            module.score_probe(q[:, :, :, :64], k, scale=1.0, q_offset=0, window=0)
     with pytest.raises(UserError, match="q float32"):
         score_blocks.score_minmax(*(x.astype(jnp.float32) for x in (q, k, k)))
     with pytest.raises(UserError, match="head_dim=320"):
@@ -206,3 +263,11 @@ def compiled(kind, D, tile=None):
 @pytest.mark.parametrize("kind", [4, 8, 16, "pooled", "extremes"])
 def test_every_table_entry_compiles_for_the_h200(D, kind):
     compiled(kind, D).check()
+
+
+@pytest.mark.parametrize("D", list(PROBE))
+@pytest.mark.parametrize("extras", [{}, dict(window=1_000, softcap=5.0)], ids=["plain", "window, softcap"])
+def test_every_probe_compiles_for_the_h200(D, extras):
+    q, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 8, 4, 64, D), (1, 8, D, 8_192)))
+    report = compile_kernel(partial(score_probe.score_probe, scale=0.1, q_offset=8_128, **extras), q, k).check()
+    assert report.kernels == 2
