@@ -29,18 +29,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lcx.attention import BIG, Partial
+from pallas_kernels import inputs
 from pallas_kernels.attend import block_of, forward, steps_of
-from pallas_kernels.inputs import (
-    Data,
-    check_arrays,
-    key_block_of,
-    longest_first,
-    pad,
-    predicate,
-    prepare,
-    queries_of,
-    with_list,
-)
+from pallas_kernels.inputs import Data, longest_first, pad, predicate, with_list
 from pallas_kernels.lists import FULL, ROWS, SIZE, BlockList, transpose
 from pallas_kernels.mask import Mask
 from pallas_kernels.registers import (
@@ -48,11 +39,12 @@ from pallas_kernels.registers import (
     HIDDEN,
     LOG2E,
     PRODUCER,
-    SWIZZLED,
     capped,
     empty,
+    in_loop,
     line_buffer,
     rows_of,
+    swizzled,
     write_rows,
 )
 from pallas_kernels.tables import ATTEND_GRAD, AttendGradTile
@@ -78,16 +70,15 @@ def attend_with_gradient(
 ) -> Partial:
     """`attend`, differentiable in q, k and v; the arguments and results are its own.
 
-    head_dim at most 128: the sums of 256 spill 440 bytes of registers a thread and wait for a kernel that halves them.
     Gradients have the type of q.  Keys and values at hidden slots must be finite in visited tiles: either would turn up as 0 * NaN.
     `tile`: sizes of the backward kernels other than those of the table.
     """
     out_dtype = jnp.dtype(jnp.float32 if out_dtype is None else out_dtype)
-    check_arrays(q, k, v, scale, softcap, out_dtype, max(ATTEND_GRAD))
+    inputs.check_arrays(q, k, v, scale, softcap, out_dtype, max(ATTEND_GRAD))
     if q.size == 0 or k.size == 0:
         return Partial(jnp.zeros(q.shape, out_dtype), jnp.full(q.shape[:-1], -jnp.inf))
     about = dict(q_offset=q_offset, kv_len=kv_len, q_pos=q_pos, kv_pos=kv_pos, segments=segments, spans=spans)
-    data = prepare(mask, q.shape, k.shape[-1], **about)
+    data = inputs.prepare(mask, q.shape, k.shape[-1], **about)
     return _attend(mask, scale, softcap, out_dtype, tile, q, k, v, data, blocks)
 
 
@@ -153,10 +144,12 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, softcap,
     size, stages = tile.size, tile.dq_stages
     factor = scale * LOG2E
     names = data.names()
+    # a product sums whole widths of the swizzle, of its keys here; both operands are swizzled alike
+    operand = swizzled(size)
 
-    def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, inputs, dq_ref, *scratch):
+    def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, others, dq_ref, *scratch):
         q_smem, do_smem, k_smem, v_smem, out_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
-        ref = Data(**dict(zip(names, inputs, strict=True)))
+        ref = Data(**dict(zip(names, others, strict=True)))
         wg = lax.axis_index("wg")
         b, h, i = block_of(lax.axis_index("block"), B, H, Q, ref)
         kv_head = lax.div(h, H // K)
@@ -202,13 +195,14 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, softcap,
             def one_tile(step, carry):
                 dq, code = carry
                 slot = lax.rem(step, stages)
+                here = in_loop(wg, code)
                 following = entry(step + 1)
                 plgpu.barrier_wait(k_ready.at[slot])
 
                 def multiply(s, dp):
-                    plgpu.wgmma(s, q_smem.at[wg], k_smem.at[slot])
+                    plgpu.wgmma(s, q_smem.at[here], k_smem.at[slot])
                     plgpu.barrier_wait(v_ready.at[slot])
-                    plgpu.wgmma(dp, do_smem.at[wg], v_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(dp, do_smem.at[here], v_smem.at[slot].transpose((1, 0)))
                     return s[...], dp[...]
 
                 tile_of = plgpu.ACC((HALF, size), jnp.float32)
@@ -239,10 +233,10 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, softcap,
         num_threads=3,
         thread_name="wg",
         scratch_types=(
-            plgpu.SMEM((2, HALF, D), q.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((2, HALF, D), q.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((stages, D, size), q.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((stages, size, D), q.dtype, transforms=SWIZZLED),
+            plgpu.SMEM((2, HALF, D), q.dtype, transforms=operand),
+            plgpu.SMEM((2, HALF, D), q.dtype, transforms=operand),
+            plgpu.SMEM((stages, D, size), q.dtype, transforms=operand),
+            plgpu.SMEM((stages, size, D), q.dtype, transforms=operand),
             line_buffer(q.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
             plgpu.Barrier(num_barriers=stages),
@@ -262,18 +256,20 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, soft
     rows, stages = tile.rows, tile.dkv_stages
     factor = scale * LOG2E
     names = data.names()
+    # a product sums whole widths of the swizzle, of its rows here; both operands are swizzled alike
+    operand = swizzled(rows)
 
-    def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, inputs, *refs):
+    def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, others, *refs):
         out_refs, scratch = refs[: len(want)], refs[len(want) :]
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, out_smem, *barriers = scratch
         kv_ready, q_ready, do_ready, q_free, do_free = barriers
-        ref = Data(**dict(zip(names, inputs, strict=True)))
+        ref = Data(**dict(zip(names, others, strict=True)))
         wg = lax.axis_index("wg")
-        b, kv_head, n = key_block_of(lax.axis_index("block"), B, K, N, ref)
+        b, kv_head, n = inputs.key_block_of(lax.axis_index("block"), B, K, N, ref)
         q_start, kv_len = ref.lengths[0, b], ref.lengths[1, b]
         span = None if ref.spans is None else ref.spans[b, kv_head]
         start = n * SIZE
-        walk = partial(queries_of, ref, mask, listed, (b, kv_head, n), H, q_start, T, kv_len, span, rows)
+        walk = partial(inputs.queries_of, ref, mask, listed, (b, kv_head, n), H, q_start, T, kv_len, span, rows)
 
         def over_heads(one_tile, carry):
             """`one_tile(h, count of tiles before, code, carry)` for the tiles of all heads; (number of tiles, carry)."""
@@ -330,11 +326,12 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, soft
 
             def one_tile(h, step, code, sums):
                 slot = lax.rem(step, stages)
+                here = in_loop(wg, code)
                 first = lax.div(code, 2) * rows
                 plgpu.barrier_wait(q_ready.at[slot])
 
                 def multiply_k(s):
-                    plgpu.wgmma(s, k_smem.at[wg].transpose((1, 0)), q_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(s, k_smem.at[here].transpose((1, 0)), q_smem.at[slot].transpose((1, 0)))
                     return s[...]
 
                 s, unit, slope = capped(pl.run_scoped(multiply_k, tile_of), factor, softcap)
@@ -352,12 +349,14 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, soft
                 if "k" in want:
 
                     def multiply_v(dp):
-                        plgpu.wgmma(dp, v_smem.at[wg], do_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp, v_smem.at[here], do_smem.at[slot].transpose((1, 0)))
                         return dp[...]
 
+                    # ahead of the product, so that one array waits for it and not three
+                    p = lax.optimization_barrier(p if slope is None else p * slope)
                     dp = pl.run_scoped(multiply_v, tile_of)
                     ds = p * (dp - rows_of(plgpu.load(delta_smem.at[slot], layout=by_column), s.shape, 1))
-                    ds = (ds if slope is None else ds * slope).astype(q.dtype)
+                    ds = ds.astype(q.dtype)
                     sums["k"] = pl.run_state(lambda dk: plgpu.wgmma(dk, ds, q_smem.at[slot]))(plgpu.ACC.init(sums["k"]))
                 # lse and delta were read into registers
                 plgpu.commit_smem()
@@ -379,11 +378,11 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, soft
         num_threads=3,
         thread_name="wg",
         scratch_types=(
-            plgpu.SMEM((2, D, HALF), q.dtype, transforms=SWIZZLED),
+            plgpu.SMEM((2, D, HALF), q.dtype, transforms=operand),
             # read for dk alone
-            plgpu.SMEM((2, HALF, D if "k" in want else 64), q.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((stages, rows, D), q.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((stages, rows, D), q.dtype, transforms=SWIZZLED),
+            plgpu.SMEM((2, HALF, D if "k" in want else 64), q.dtype, transforms=operand),
+            plgpu.SMEM((stages, rows, D), q.dtype, transforms=operand),
+            plgpu.SMEM((stages, rows, D), q.dtype, transforms=operand),
             plgpu.SMEM((stages, rows), jnp.float32),
             plgpu.SMEM((stages, rows), jnp.float32),
             line_buffer(q.dtype),

@@ -14,7 +14,15 @@ PRODUCER = 2  # index of the producer's warpgroup
 HIDDEN = -1e30  # logit of a pair that is not visible, in powers of two
 LOG2E = math.log2(math.e)
 LINE = 128  # bytes of a row that are written at a time
-SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # of 16-bit operands
+
+
+def swizzled(columns: int):
+    """Transforms of shared memory for 16-bit operands of so many columns."""
+    inner = min(columns, 64)
+    return plgpu.TilingTransform((8, inner)), plgpu.SwizzleTransform(2 * inner)
+
+
+SWIZZLED = swizzled(64)
 
 
 def empty(rows: int, columns: int | None = None):
@@ -54,3 +62,11 @@ def capped(raw, factor, softcap):
 def rows_of(values, shape, axis: int):
     """One value a row (axis 0) or a column (axis 1), spread over [rows, columns]."""
     return lax.broadcast_in_dim(values, shape, [axis])
+
+
+def in_loop(index, code):
+    """`index`, by way of a loop's `code` (below 2^30), so that the compiler takes nothing that follows from it out of the loop.
+
+    It would keep the 16 descriptors of each wgmma operand in registers for the whole loop: up to 120 bytes of a thread spilled.
+    """
+    return index + lax.div(code, 1 << 30)

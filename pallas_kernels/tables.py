@@ -63,6 +63,7 @@ class AttendGradTile:
 ATTEND_GRAD = {
     64: AttendGradTile(size=64, rows=64, dq_stages=4, dkv_stages=4),
     128: AttendGradTile(size=64, rows=64, dq_stages=3, dkv_stages=3, together=False),
+    256: AttendGradTile(size=32, rows=32, dq_stages=2, dkv_stages=2, together=False),
 }
 
 

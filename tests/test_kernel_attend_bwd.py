@@ -62,7 +62,7 @@ def check(qkv, mask=Mask(), *, visible_by=None, softcap=None, tile=None, **data)
     return grads
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 def test_causal_gradients_equal_those_of_the_reference(D):
     check(random_qkv(T=128, S=192, D=D), q_offset=64)
 
@@ -102,7 +102,7 @@ def test_positions_with_a_list():
     check(random_qkv(T=100, S=384), mask, blocks=from_mask(mask, 100, 384, **data), **data)
 
 
-@pytest.mark.parametrize("heads", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("heads", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4])
 def test_block_list_by_head(heads):
     """Rows and keys that no tile lists get a gradient of 0."""
     tiles = some_blocks(np.random.default_rng(2), (1, heads, 2, 4), 0.3).at[:, :, 0].set(False)
@@ -118,14 +118,14 @@ def test_float16_gradients():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("D", [80, 96])
+@pytest.mark.parametrize("D", [80, 96, 200])
 def test_other_head_dims_are_padded(D):
     check(random_qkv(T=128, S=128, D=D))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", list(ATTEND_GRAD))
 @pytest.mark.parametrize("mask", [FULL, Mask(), Mask(window=100, sink=10)])
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
