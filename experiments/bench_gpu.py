@@ -25,16 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parent.parent
-# least ratio to the best peer in the same run: kernel, head_dim, least tokens
-GOALS = (
-    ("forward", 128, 16_384, 0.95),
-    ("forward", 64, 16_384, 0.90),
-    ("forward", 256, 16_384, 0.95),
-    ("backward", 128, 4_096, 0.85),
-)
-SPARSE_GOAL = 0.85  # of the dense kernel's rate, on the tiles that are computed
-DECODE_GOAL = 0.88  # of the copy bandwidth of the same run
-HIDDEN = ("kind", "name", "at_s", "case", "peers")  # of a printed line; the file has them
+HIDDEN = ("kind", "name", "at_s", "case", "peers", "parts")  # of a printed line; the file has them
 DRIFT = 0.03  # a row whose clock moved by more is marked
 
 
@@ -89,19 +80,24 @@ def check(rows: Rows, on_gpu: bool) -> set[str]:
     """Kernels that are wrong."""
     import jax
 
-    from experiments.gpu.cases import CHECKED, checks, error, ours, reference
+    from experiments.gpu.cases import CHECKED, checks, error
+    from experiments.gpu.rows import check_of
     from experiments.gpu.support import from_tests
 
     wrong = set()
     run = jax.jit if on_gpu else from_tests("interpret_support").interpreted
     for case in selected(checks(on_gpu)):
         start = time.perf_counter()
-        args = case.arrays()
-        found = error(case, run(ours(case, case.blocks()))(*args), jax.jit(reference(case))(*args))
-        right = found <= CHECKED[case.kernel]
+        one = check_of(case, on_gpu)
+        args = one.make()
+        # without this a GPU multiplies float32 in 10 bits
+        with jax.default_matmul_precision("highest"):
+            want = one.reference(*args)
+        found = error(run(one.program)(*args), want)
+        right = found <= CHECKED[one.kernel]
         if not right:
-            wrong.add(case.kernel)
-        rows.add("check", case.name, error=found, right=right, seconds=round(time.perf_counter() - start, 1))
+            wrong.add(one.kernel)
+        rows.add("check", one.name, error=found, right=right, seconds=round(time.perf_counter() - start, 1))
     return wrong
 
 
@@ -109,114 +105,107 @@ def selected(cases) -> list:
     return [case for case in cases if FLAGS.only in case.name]
 
 
+def timed_rows() -> list:
+    """Rows that are timed, in order."""
+    from experiments.gpu import order
+
+    return selected(order.timed_rows())
+
+
+def add_composed(rows: Rows, timed: list[dict[str, Any]]) -> None:
+    """Rows of whole models, from the parts that were timed."""
+    from experiments.gpu import model
+
+    if FLAGS.only in model.COUNTED:
+        rows.add("counted", model.COUNTED, **model.counted())
+    for name, row in model.composed({r["name"]: r["ms"] for r in timed}):
+        rows.add("composed", name, **row)
+
+
 def compile_rows(rows: Rows) -> None:
     """Every timed row compiled for the H200, from shapes alone."""
-    from typing import cast
-
     import jax
-    import jax.numpy as jnp
 
-    from experiments.gpu.cases import ours, timed_cases
     from lcx.measure.gpu_targets import compile_for, gpu_target
-    from pallas_kernels.lists import ROWS, SIZE, BlockList
 
     target = gpu_target("h200")
     done = set()
-    for case in selected(timed_cases()):
-        if case in done:
+    for row in timed_rows():
+        if row.name in done:
             continue
-        done.add(case)
+        done.add(row.name)
         start = time.perf_counter()
-        shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in case.shapes]
-        blocks = None
-        if case.density is not None:
-            # as wide as a random row is at most, near enough: the width changes no instruction
-            at = (1, case.heads, -(-case.T // ROWS), max(1, int(1.5 * case.density * case.tokens / SIZE)))
-            kinds = ((at, jnp.int32), (at[:3], jnp.int32), (at, jnp.int8))
-            blocks = BlockList(*(cast(jax.Array, jax.ShapeDtypeStruct(*kind)) for kind in kinds))
-        program = jax.jit(lambda q, k, v, blocks, case=case: ours(case, blocks)(q, k, v))
-        plan = compile_for(target, program, (*shapes, blocks)).memory_analysis()
+        plan = compile_for(target, jax.jit(row.program), row.abstract()).memory_analysis()
         rows.add(
-            "compiled", case.name, temp_bytes=plan.temp_size_in_bytes, seconds=round(time.perf_counter() - start, 1)
+            "compiled", row.name, temp_bytes=plan.temp_size_in_bytes, seconds=round(time.perf_counter() - start, 1)
         )
 
 
 def time_rows(rows: Rows, wrong: set[str]) -> Iterator[dict[str, Any]]:
     """Times of every row, ours and the peers' in turn."""
-    from experiments.gpu import peers
-    from experiments.gpu.cases import ours, timed_cases
-    from experiments.gpu.timing import card, copy_bandwidth, in_turn, jax_timer, matmul_flops, wall_ms
+    from experiments.gpu.timing import card, copy_bandwidth, matmul_flops
 
     copy, flops = copy_bandwidth(), matmul_flops()
     rows.add("card", "copy and matmul", copy_bytes_per_s=copy, matmul_flops_per_s=flops, **card())
-    for case in selected(timed_cases()):
-        if case.kernel in wrong:
-            rows.add("skipped", case.name, why=f"{case.kernel} is wrong, see its checks")
+    for row in timed_rows():
+        bad = sorted(wrong.intersection(row.kernels))
+        if bad:
+            rows.add("skipped", row.name, why=f"{', '.join(bad)} is wrong, see its checks")
             continue
         if rows.seconds > FLAGS.limit_s:
-            rows.add("skipped", case.name, why=f"limit_s={FLAGS.limit_s:g} is over")
+            rows.add("skipped", row.name, why=f"limit_s={FLAGS.limit_s:g} is over")
             continue
-        args, blocks = case.arrays(), case.blocks()
-        mine = jax_timer(lambda q, k, v, blocks, case=case: ours(case, blocks)(q, k, v), (*args, blocks))
-        timed, absent = {"ours": mine}, {}
-        for name, make in peers.timers(case):
-            # whatever a peer raises is told in its place; ours is measured all the same
-            try:
-                timed[name] = make(args)
-            except Exception as error:
-                absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         before = card()
-        found = in_turn(timed)
+        try:
+            found = time_row(row, copy, flops)
+        # one row that fails, such as for want of memory, does not cost the others
+        except Exception as error:
+            rows.add("failed", row.name, why=one_line(error))
+            continue
         after = card()
-        best = min((n for n in found if n != "ours"), key=lambda n: found[n]["ms"], default=None)
-        ms = found["ours"]["ms"]
-        row: dict[str, Any] = {
-            "ms": ms,
-            "p10": found["ours"]["p10"],
-            "p90": found["ours"]["p90"],
-            "n": found["ours"]["n"],
-            "tflops": case.flops / ms / 1e9,
-            "of_matmul": case.flops / ms * 1e3 / flops,
-        }
-        if case.kernel == "decode":
-            row |= {"gb_per_s": case.bytes / ms / 1e6, "of_copy": case.bytes / ms * 1e3 / copy}
-        if best is not None:
-            row |= {"best_peer": best, "best_peer_ms": found[best]["ms"], "ratio": 1 / found[best]["ours_over_it"]}
-        if case.kernel == "forward" and case.tokens == 4_096:
-            row["wall_ms"] = wall_ms(lambda q, k, v, case=case: ours(case)(q, k, v), args)
         clocks = [float(c.get("sm_mhz", 0)) for c in (before, after)]
-        row |= {"drifted": abs(clocks[0] - clocks[1]) > DRIFT * max(clocks), "peers": found, "absent": absent}
-        rows.add("timed", case.name, **row, case=vars(case), **after)
+        drifted = abs(clocks[0] - clocks[1]) > DRIFT * max(clocks)
+        rows.add("timed", row.name, **found, drifted=drifted, **after)
         yield rows.rows[-1]
 
 
-def summary(timed: list[dict[str, Any]]) -> None:
-    """Goals and what came out."""
-    print("\ngoal, ratio to the best peer in this run (above 1: ours is faster)")
-    for kernel, head_dim, tokens, least in GOALS:
-        found = [
-            r for r in timed
-            if (r["case"]["kernel"], r["case"]["head_dim"]) == (kernel, head_dim)
-            and r["case"]["tokens"] >= tokens and r["case"]["density"] is None and "ratio" in r
-        ]  # fmt: skip
-        ratio = min((r["ratio"] for r in found), default=None)
-        told = "no row" if ratio is None else f"{ratio:.3f} {'met' if ratio >= least else 'NOT met'}"
-        print(f"  {kernel:<9} D {head_dim:<4} from {tokens:,} tokens: {least:.2f}   {told}")
-    whole = [
-        r for r in timed if (r["case"]["kernel"], r["case"]["head_dim"], r["case"]["density"]) == ("forward", 128, None)
-    ]
-    dense = {r["case"]["tokens"]: r["tflops"] for r in whole}
-    for r in timed:
-        if r["case"]["density"] is not None and r["case"]["tokens"] in dense:
-            eta = r["tflops"] / dense[r["case"]["tokens"]]
-            print(
-                f"  {r['name']}: efficiency {eta:.3f}, goal {SPARSE_GOAL} {'met' if eta >= SPARSE_GOAL else 'NOT met'}"
-            )
-        if r["case"]["kernel"] == "decode":
-            of = r["of_copy"]
-            print(
-                f"  {r['name']}: {of:.3f} of the copy bandwidth, goal {DECODE_GOAL} {'met' if of >= DECODE_GOAL else 'NOT met'}"
-            )
+def one_line(error: Exception) -> str:
+    """Its type and the beginning of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def time_row(row, copy: float, flops: float) -> dict[str, Any]:
+    """What is told of one row; its arrays are gone afterwards."""
+    from experiments.gpu import peers
+    from experiments.gpu.cases import Case
+    from experiments.gpu.timing import in_turn, jax_timer, repeated, wall_ms
+
+    args, case = row.make(), row.case
+    timed, absent = {"ours": repeated(jax_timer(row.program, args), row.calls)}, {}
+    for name, make in peers.timers(case, args) if case else ():
+        # whatever a peer raises is told in its place; ours is measured all the same
+        try:
+            timed[name] = make()
+        except peers.Absent as error:
+            absent[name] = f"absent: {error}"
+        except Exception as error:
+            absent[name] = f"absent: {one_line(error)}"
+    found, raised = in_turn(timed)
+    absent |= {name: f"absent: {one_line(error)}" for name, error in raised.items()}
+    mine = found["ours"]
+    ms = mine["ms"]
+    told: dict[str, Any] = {name: mine[name] for name in ("ms", "p10", "p90", "n")}
+    if case is None:
+        return told
+    told |= {"tflops": case.flops / ms / 1e9, "of_matmul": case.flops / ms * 1e3 / flops, "calls": row.calls}
+    if case.kernel.startswith("decode"):
+        told |= {"gb_per_s": case.bytes / ms / 1e6, "of_copy": case.bytes / ms * 1e3 / copy}
+    best = min((n for n in found if n != "ours"), key=lambda n: found[n]["ms"], default=None)
+    if best is not None:
+        told |= {"best_peer": best, "best_peer_ms": found[best]["ms"], "ratio": 1 / found[best]["ours_over_it"]}
+    if (case.kernel, case.tokens) == ("forward", 4_096) or case == Case("decode", 131_072):
+        told["wall_ms"] = wall_ms(row.program, args) / row.calls
+    return told | {"peers": found, "absent": absent, "case": vars(case)}
 
 
 def main() -> None:
@@ -235,11 +224,19 @@ def main() -> None:
     wrong = check(rows, on_gpu and not FLAGS.dry_run)
     if FLAGS.dry_run:
         compile_rows(rows)
+        add_composed(rows, [])
     else:
-        summary(list(time_rows(rows, wrong)))
+        from experiments.gpu.goals import summary
+
+        timed = list(time_rows(rows, wrong))
+        summary(timed)
+        add_composed(rows, timed)
     print(f"{rows.seconds:.0f} s   rows: {out}")
     if wrong:
         raise UserError(f"wrong: {', '.join(sorted(wrong))}")
+    failed = [row["name"] for row in rows.rows if row["kind"] == "failed"]
+    if failed:
+        raise UserError(f"failed: {', '.join(failed)}; the rows say why")
 
 
 if __name__ == "__main__":

@@ -4,18 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from aot_support import require_compiler
 
-from experiments.autotune import CHOICES, candidates, table, with_entry
-from experiments.bench_gpu import summary
-from experiments.gpu.cases import CHECKS, Case, error, timed_cases
+from experiments import bench_gpu
+from experiments.autotune import CHOICES, ROWS, candidates, case_of, program, table, with_entry
+from experiments.gpu import decode, model, order, peers, timing
+from experiments.gpu.cases import CHECKS, Case, error
+from experiments.gpu.goals import summary
+from experiments.gpu.order import timed_rows
+from experiments.gpu.rows import row_of
 from lcx.attention import Partial
 from lcx.errors import UserError
-from pallas_kernels.tables import ATTEND
+from pallas_kernels import tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,12 +36,12 @@ def run(*args):
 @pytest.mark.timeout(300)
 def test_the_dry_run_checks_and_compiles(tmp_path):
     require_compiler()
-    done = run("--dry_run", f"--out={tmp_path / 'rows.jsonl'}", "--only=decode")
+    done = run("--dry_run", f"--out={tmp_path / 'rows.jsonl'}", "--only=int4")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     kinds = [row["kind"] for row in rows]
-    assert kinds.count("check") == sum(c.kernel == "decode" for c in CHECKS)
-    assert kinds.count("compiled") == len({c for c in timed_cases() if c.kernel == "decode"})
+    assert kinds.count("check") == sum("int4" in c.name for c in CHECKS)
+    assert kinds.count("compiled") == len({row.name for row in timed_rows() if "int4" in row.name})
     assert all(row["right"] for row in rows if row["kind"] == "check")
     assert all(row["dry_run"] and row["jax"] and row["commit"] and row["date"] for row in rows)
     assert not any("ms" in row for row in rows), "a dry run measures no time"
@@ -64,44 +71,231 @@ def test_operations_are_those_of_the_visible_pairs():
 
 
 def test_an_error_in_any_result_is_seen():
-    case = Case("forward", 128)
     want = Partial(np.ones((1, 2, 1, 4, 8), np.float32), np.zeros((1, 2, 1, 4), np.float32))
-    assert error(case, want, want) == 0
-    assert error(case, want._replace(out=want.out * 1.1), want) == pytest.approx(0.1, rel=1e-3)
-    assert error(case, want._replace(out=want.out * np.nan), want) == np.inf
-    assert error(case, want._replace(lse=want.lse - np.inf), want) == np.inf
-    assert error(case, want._replace(lse=want.lse + 1), want) > 1
+    assert error(want, want) == 0
+    assert error(want._replace(out=want.out * 1.1), want) == pytest.approx(0.1, rel=1e-3)
+    assert error(want._replace(out=want.out * np.nan), want) == np.inf
+    assert error(want._replace(lse=want.lse - np.inf), want) == np.inf
+    assert error(want._replace(lse=want.lse + 1), want) > 1
 
 
 def test_goals_are_judged_by_the_worst_row(capsys):
     def row(tokens, ratio, **other):
         case = vars(Case("forward", tokens, **other))
-        return {"name": f"forward {tokens}", "case": case, "ratio": ratio, "tflops": 500.0, "of_copy": 0.5}
+        return {"name": f"forward {tokens}", "case": case, "ratio": ratio, "tflops": 500.0, "of_copy": 0.5, "ms": 1.0}
 
-    decode = {"name": "decode 1", "case": vars(Case("decode", 1_000)), "tflops": 1.0, "of_copy": 0.9}
+    decode = {"name": "decode 1", "case": vars(Case("decode", 1_000)), "tflops": 1.0, "of_copy": 0.9, "ms": 1.0}
     summary([row(16_384, 0.97), row(65_536, 0.94), row(4_096, 0.5), row(16_384, 1.0, head_dim=64), decode])
     text = capsys.readouterr().out
     assert "forward   D 128  from 16,384 tokens: 0.95   0.940 NOT met" in text
     assert "D 64   from 16,384 tokens: 0.90   1.000 met" in text and "D 256  from 16,384 tokens: 0.95   no row" in text
-    assert "0.900 of the copy bandwidth, goal 0.88 met" in text
+    assert "decode 1: of the copy bandwidth 0.900, goal 0.88 met" in text
 
 
-def test_autotune_writes_one_line_of_its_table():
+def test_every_timed_program_takes_its_arguments(monkeypatch, tmp_path):
+    """time_rows from end to end with a clock that stands still: programs are traced on the shapes of their arguments."""
+    seen = []
+
+    def timer(fn, args):
+        seen.append(jax.eval_shape(fn, *args))
+        return lambda iterations: [1.0] * iterations
+
+    def absent():
+        raise peers.Absent("not here")
+
+    rows = [replace(row, make=row.abstract) for row in timed_rows()]
+    found = {"fa3-jax splits 4 page 64": lambda: timer(lambda x: x, (1.0,)), "tokamax": absent}
+    monkeypatch.setattr(bench_gpu, "FLAGS", SimpleNamespace(only="", limit_s=1e9))
+    monkeypatch.setattr(order, "timed_rows", lambda: rows)
+    monkeypatch.setattr(timing, "jax_timer", timer)
+    monkeypatch.setattr(timing, "wall_ms", lambda fn, args: jax.eval_shape(fn, *args) and 1.0)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 4e12)
+    monkeypatch.setattr(timing, "matmul_flops", lambda: 6e14)
+    monkeypatch.setattr(peers, "timers", lambda case, args: found.items())
+    written = bench_gpu.Rows(tmp_path / "rows.jsonl", {})
+    timed = list(bench_gpu.time_rows(written, {"probe"}))
+    summary(timed)
+    bench_gpu.add_composed(written, timed)
+    kinds = [row["kind"] for row in written.rows]
+    assert "failed" not in kinds, [row["why"] for row in written.rows if row["kind"] == "failed"]
+    assert kinds.count("skipped") == 1, "the probe is wrong here"
+    assert kinds.count("timed") == len(rows) - 1
+    assert kinds.count("composed") == 2 and kinds.count("counted") == 1
+    assert {tuple(row["absent"].items()) for row in timed if "absent" in row} == {(("tokamax", "absent: not here"),)}
+    assert len(written.rows) == len((tmp_path / "rows.jsonl").read_text().splitlines())
+    by_name = {row["name"]: row for row in written.rows}
+    # four programs' calls in a millisecond
+    row = by_name["decode bf16 131,072 D 128 32/8 x1"]
+    assert row["ms"] == 0.25 and row["gb_per_s"] == pytest.approx(4 * 2**29 / 1e6)
+
+
+def test_rows_behind_the_limit_are_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_gpu, "FLAGS", SimpleNamespace(only="model", limit_s=0.0))
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 4e12)
+    monkeypatch.setattr(timing, "matmul_flops", lambda: 6e14)
+    written = bench_gpu.Rows(tmp_path / "rows.jsonl", {})
+    assert not list(bench_gpu.time_rows(written, set()))
+    assert [row["kind"] for row in written.rows[1:]] == ["skipped"] * len(model.rows())
+
+
+PLAIN = [row for row in timed_rows() if row.case is None or row.case.density is None]
+
+
+@pytest.mark.parametrize("row", PLAIN, ids=lambda row: row.name)
+def test_arrays_are_of_the_shapes_that_are_compiled(row):
+    made = jax.eval_shape(row.make)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), row.abstract()
+    )
+
+
+def test_lists_are_of_the_shapes_that_are_compiled():
+    """But for their width, which is that of the longest."""
+    row = row_of(Case("forward", 512, heads=2, kv_heads=1, density=0.1))
+    *qkv, made = row.make()
+    *shapes, want = row.abstract()
+    assert [x.shape for x in qkv] == [x.shape for x in shapes]
+    for name in ("index", "count", "flags"):
+        array, shape = getattr(made, name), getattr(want, name)
+        assert array.shape[:3] == shape.shape[:3] and array.dtype == shape.dtype
+
+
+def test_tables_of_a_program_share_no_page():
+    case = Case("decode", 300, kv_heads=2, heads=4, batch=3, payload="int2")
+    _, pages, tables, lengths = decode.arrays(case, 4)
+    assert tables.shape == (4, 3, 2, 5) and sorted(np.ravel(tables)) == list(range(len(pages.k)))
+    assert not (np.diff(np.ravel(tables)) == 1).all(), "they are shuffled"
+    assert np.isfinite(np.asarray(pages.scales, np.float32)).all() and (np.asarray(lengths) == 300).all()
+    large = [row for row in timed_rows() if row.case is not None and row.case.kernel == "decode"]
+    assert all(row.calls >= 4 and row.calls * row.case.bytes >= 256e6 for row in large)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(decode.abstract(case, 1)[1]))
+    assert held == case.bytes
+
+
+def test_peers_of_decode_take_the_same_shapes(monkeypatch):
+    """FA3's signature as of 0.2.0."""
+    seen = []
+
+    def with_kvcache(
+        q, k_cache, v_cache, cache_seqlens=None, page_table=None, softmax_scale=None, is_causal=False, num_splits=1
+    ):
+        assert q.shape == (2, 1, 4, 128) and k_cache.shape == v_cache.shape and k_cache.shape[2:] == (2, 128)
+        assert page_table.shape[1] * k_cache.shape[1] >= 300 and page_table.dtype == cache_seqlens.dtype == "int32"
+        assert isinstance(softmax_scale, float) and num_splits > 1 and is_causal
+        seen.append((num_splits, k_cache.shape[1]))
+        return q
+
+    def timer(fn, args):
+        jax.eval_shape(fn, *args)
+        return lambda iterations: [1.0] * iterations
+
+    def need(name):
+        if name == "flash_attn3_jax":
+            return SimpleNamespace(flash_mha_with_kvcache=with_kvcache)
+        raise peers.Absent(f"{name} does not import")
+
+    monkeypatch.setattr(decode, "BEYOND", 1e6)
+    monkeypatch.setattr(peers, "jax_timer", timer)
+    monkeypatch.setattr(peers, "_need", need)
+    case = Case("decode", 300, heads=4, kv_heads=2, batch=2)
+    absent = []
+    for name, make in peers.timers(case, ()):
+        try:
+            make()
+        except peers.Absent:
+            absent.append(name)
+        except Exception:
+            assert name == "cudnn"  # which needs its GPU
+    assert set(seen) == set(peers.FA3_DECODE) and len(seen) == 4 * len(peers.FA3_DECODE)
+    assert absent == ["tokamax", "torch-flash", "torch-cudnn", "flex_attention"]
+    for _, make in peers.timers(replace(case, payload="int4"), ()):
+        with pytest.raises(peers.Absent, match="reads 16-bit keys"):
+            make()
+    assert not list(peers.timers(Case("probe", 1_024), ()))
+
+
+def test_models_are_composed_by_the_formula():
+    chunks = model.PREFILL // model.CHUNK
+    ms = {row.name: 0.0 for row in model.rows()}
+    assert model.prefill_s(ms) == model.step_ms(ms) == 0
+    # a part that grows with its chunk: the sum over all chunks, of 32 layers
+    ms |= {f"model prefill: attend chunk {i}": float(i) for i in model.SAMPLED}
+    assert model.prefill_s(ms) == pytest.approx(32 * chunks * (chunks - 1) / 2 / 1e3)
+    assert model.prefill_s(ms | {"model prefill: layer": 1.0}) - model.prefill_s(ms) == pytest.approx(32 * chunks / 1e3)
+    assert model.step_ms(ms | {"model decode: head": 2.0, "model decode: layer": 1.0}) == 34
+    del ms["model prefill: layer"], ms["model decode: head"]
+    assert model.prefill_s(ms) is model.step_ms(ms) is None and not model.composed(ms)
+
+
+def test_bytes_of_the_long_context_are_counted_page_by_page():
+    full, streaming = 4_194_304 // 64 * (2 * 64 * 128 // 2 + 6 * 64 * 2), 5 * (2 * 64 * 128 * 2)
+    assert model.kv_bytes() == 32 * 4 * (full + streaming) == 75_182_899_200
+
+
+def test_the_largest_of_each_row_are_chosen():
+    offset, tiles = 3 * 128, 12
+    scores = np.random.default_rng(0).random((1, 2, 2, 4, tiles), np.float32) ** 20
+    chosen = np.asarray(model.choose(scores, offset))
+    assert chosen.shape == (1, 4, 4, tiles)
+    for h, i in np.ndindex(4, 4):
+        seen = scores.reshape(4, 4, tiles)[h, i, : i + 4]
+        want = np.argsort(-seen)[: int(np.ceil(0.1 * (i + 4)))]
+        assert sorted(np.flatnonzero(chosen[0, h, i])) == sorted(want)
+
+
+PAYLOADS = ("bf16", "fp8", "int8", "int4", "int2")
+
+
+@pytest.mark.parametrize(
+    "kernel, about", [(k, {}) for k in CHOICES if k != "decode"]
+    + [("decode", dict(payload=p, rows=n)) for p in PAYLOADS for n in ROWS],
+    ids=str,
+)  # fmt: skip
+def test_autotune_writes_one_entry_of_its_table(kernel, about):
     source = (ROOT / "pallas_kernels" / "tables.py").read_text()
-    for kernel in CHOICES:
-        name, entries = table(kernel)
-        for head_dim, now in entries.items():
-            first, *others = candidates(kernel, now)
-            assert first == now and now not in others and len(set(others)) == len(others) >= 15
-            changed = with_entry(source, name, head_dim, others[-1])
-            space: dict = {"__name__": "tables"}
-            exec(compile(changed.replace("from __future__ import annotations", ""), "tables", "exec"), space)  # noqa: S102
-            # the class is another one: dataclasses of two modules never compare equal
-            assert {d: vars(t) for d, t in space[name].items()} == {
-                d: vars(others[-1] if d == head_dim else t) for d, t in entries.items()
-            }
-    with pytest.raises(UserError, match="ATTEND has 0 lines for head_dim 96"):
-        with_entry(source, "ATTEND", 96, ATTEND[128])
+    name, entries = table(kernel, **about)
+    for head_dim, now in entries.items():
+        tiles = list(candidates(kernel, now))
+        others = tiles if now is None else tiles[1:]
+        assert now is None or tiles[0] == now
+        assert now not in others and len(set(others)) == len(others) >= 15
+        key, part = head_dim, None
+        if kernel == "decode":
+            key, part = (about["payload"], head_dim), list(ROWS).index(about["rows"])
+        changed = with_entry(source, name, key, others[-1], part)
+        space: dict = {"__name__": "tables"}
+        exec(compile(changed.replace("from __future__ import annotations", ""), "tables", "exec"), space)  # noqa: S102
+        assert told(space[name], key, part) == vars(others[-1])
+        # a repr names the class and all fields; the class is another one, and never equal
+        before, after = ({k: repr(v) for k, v in t.items()} for t in (getattr(tables, name), space[name]))
+        assert {k for k in before if before[k] != after[k]} == {key}
+        if part is not None:
+            pairs = zip(getattr(tables, name)[key], space[name][key], strict=True)
+            assert [repr(a) != repr(b) for a, b in pairs] == [i == part for i in range(3)]
+        assert with_entry(changed, name, key, others[0], part).count("\n") == source.count("\n")
+
+
+def told(table, key, part):
+    return vars(table[key] if part is None else table[key][part])
+
+
+def test_an_entry_of_several_lines_is_replaced():
+    tile = tables.ScoreTile(columns=128, stages=2, run=1)
+    source = "SCORE = {\n    64: ScoreTile(\n        columns=256,\n    ),  # why\n    128: 1,\n}\n"
+    want = "SCORE = {\n    64: ScoreTile(columns=128, stages=2, run=1),  # why\n    128: 1,\n}\n"
+    assert with_entry(source, "SCORE", 64, tile) == want
+    with pytest.raises(UserError, match="SCORE has 0 entries for 96; one is needed"):
+        with_entry(source, "SCORE", 96, tile)
+
+
+@pytest.mark.parametrize("kernel", CHOICES)
+def test_autotune_candidates_are_programs(kernel):
+    case = case_of(kernel, 128)
+    entry = table(kernel)[1][128]
+    other = list(candidates(kernel, entry))[1]
+    args = row_of(case).abstract()
+    now, then = (jax.eval_shape(program(case, tile), *args) for tile in (entry, other))
+    assert jax.tree.leaves(now) == jax.tree.leaves(then)
 
 
 def test_autotune_without_a_gpu_says_what_to_do():
@@ -110,6 +304,7 @@ def test_autotune_without_a_gpu_says_what_to_do():
         ((), "--dry_run"),
         (("--dry_run", "--write"), "measures nothing"),
         (("--dry_run", "--head_dim=96"), "ATTEND has 64, 128, 256"),
+        (("--dry_run", "--kernel=decode", "--head_dim=96"), "DECODE has 64, 128, 256"),
     ):
         command = [sys.executable, "-m", "experiments.autotune", *args]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)

@@ -18,12 +18,15 @@ from pallas_kernels.attend import attend
 from pallas_kernels.attend_bwd import attend_with_gradient
 from pallas_kernels.lists import ROWS, SIZE, BlockList, from_blocks
 from pallas_kernels.mask import Mask
+from pallas_kernels.payloads import PAGE, Payload, page_bytes
+from pallas_kernels.tables import ATTEND_GRAD
 
-CHECKED = {
-    "forward": 1e-2,
-    "backward": 1.5e-2,
-    "decode": 1e-2,
-}  # relative to the largest value: bfloat16 P, and dS in a gradient
+# relative to the largest value: bfloat16 P, and dS in a gradient
+CHECKED = {"backward": 1.5e-2} | dict.fromkeys(
+    ("forward", "decode_slots", "decode", "antidiagonal", "probe", "minmax"), 1e-2
+)
+SCORES = ("antidiagonal", "probe", "minmax")
+EXTREMES = 16  # tokens of a page of `minmax`
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class Case:
     """One row.
 
     Attributes:
-      kernel: "forward", "backward" or "decode".
+      kernel: a name of CHECKED: "decode" reads pages, "decode_slots" plain arrays through `lcx.implementation`.
       tokens: keys; of prefill queries too.
       head_dim, heads, kv_heads, batch: shapes.
       density: share of the causal tiles that a list holds; None: no list.
       window, sink: of the mask, None and 0: causal alone.
-      queries: T; None: 1 in decode, all tokens else.
+      queries: T; None: 1 in decode and minmax, 64 in a probe, all tokens else.  They are the last ones.
+      payload: of the pages of "decode".
+      stride: of "antidiagonal".
     """
 
     kernel: str
@@ -49,16 +54,24 @@ class Case:
     window: int | None = None
     sink: int = 0
     queries: int | None = None
+    payload: str = "bf16"
+    stride: int = 16
 
     @property
     def name(self) -> str:
+        shape = f"{self.tokens:,} D {self.head_dim} {self.heads}/{self.kv_heads} x{self.batch}"
+        if self.kernel == "decode":
+            return f"decode {self.payload} {shape}" + (f" T {self.T}" if self.T > 1 else "")
+        if self.kernel in SCORES:
+            about = {"antidiagonal": f" stride {self.stride}", "minmax": f" page {EXTREMES}"}.get(self.kernel, "")
+            return f"score {self.kernel}{about} {shape} last {self.T:,} queries"
         mask = "causal" if self.window is None else f"window {self.window} + {self.sink}"
         what = mask if self.density is None else f"{mask}, list {self.density:.0%}"
-        return f"{self.kernel} {self.tokens:,} D {self.head_dim} {self.heads}/{self.kv_heads} x{self.batch} {what}"
+        return f"{self.kernel} {shape} {what}"
 
     @property
     def T(self) -> int:
-        return self.queries or (1 if self.kernel == "decode" else self.tokens)
+        return self.queries or {"decode": 1, "decode_slots": 1, "minmax": 1, "probe": 64}.get(self.kernel, self.tokens)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -72,8 +85,13 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Operations that the mask and the list need: 4 D a pair of query and visible key, 2.5 times as many more for a gradient."""
+        """Operations that the mask and the list need: 4 D a pair of query and visible key, 2.5 times as many more for a gradient.
+
+        Scores: of their products; a probe makes them twice, page extremes have twice the channels.
+        """
         T, S = self.T, self.tokens
+        if self.kernel == "minmax":
+            return 4 * self.batch * self.heads * self.head_dim * T * (S // EXTREMES)
         if self.density is not None:
             # tiles on the diagonal are half visible
             pairs = int(self.chosen().sum()) / self.heads * ROWS * SIZE - -(-T // ROWS) * ROWS * (ROWS - 1) / 2
@@ -82,11 +100,15 @@ class Case:
         else:
             pairs = T * S - T * (T - 1) / 2
         # a row of gradients has its forward pass in it
-        return 4 * self.batch * self.heads * self.head_dim * pairs * (3.5 if self.kernel == "backward" else 1)
+        times = {"backward": 3.5, "antidiagonal": 0.5 / self.stride}.get(self.kernel, 1)
+        return 4 * self.batch * self.heads * self.head_dim * pairs * times
 
     @property
     def bytes(self) -> float:
-        """Keys and values, read once, in 16 bits."""
+        """Keys and values, read once: whole pages with their scales, or 16 bits each."""
+        if self.kernel == "decode":
+            pages = self.batch * self.kv_heads * -(-self.tokens // PAGE)
+            return pages * page_bytes(Payload(self.payload), self.head_dim)
         return 2 * 2 * self.batch * self.kv_heads * self.tokens * self.head_dim
 
     def arrays(self, seed: int = 0, dtype=jnp.bfloat16):
@@ -114,10 +136,10 @@ class Case:
         return from_blocks(chosen, self.mask, self.T, self.tokens, q_offset=offset, width=width)
 
 
-def ours(case: Case, blocks: BlockList | None = None) -> Callable:
-    """The kernel as one function of (q, k, v); `blocks` are arguments of the program, not constants."""
+def ours(case: Case, blocks: BlockList | None = None, tile=None) -> Callable:
+    """The kernel as one function of (q, k, v); `blocks` are arguments of the program, not constants.  `tile`: of other sizes."""
     scale, offset = case.head_dim**-0.5, case.tokens - case.T
-    if case.kernel == "decode":
+    if case.kernel == "decode_slots":
         near = None if case.window is None else Near(case.window, case.sink)
         allow = None if near is None else (lambda q, kv: (kv < near.sink) | (q - kv < near.window))
 
@@ -129,7 +151,7 @@ def ours(case: Case, blocks: BlockList | None = None) -> Callable:
             return attend_by(q, [source], pos, scale=scale, near=near, allow=allow, implementation="pallas")
 
         return decode
-    about: dict[str, Any] = {"scale": scale, "mask": case.mask, "q_offset": offset, "blocks": blocks}
+    about: dict[str, Any] = {"scale": scale, "mask": case.mask, "q_offset": offset, "blocks": blocks, "tile": tile}
     if case.kernel == "forward":
         return partial(attend, out_dtype=jnp.bfloat16, **about)
 
@@ -172,7 +194,7 @@ def reference(case: Case) -> Callable:
     )
 
 
-def error(case: Case, got, want) -> float:
+def error(got, want) -> float:
     """The largest difference of any result, over the largest value of it; lse is held to a tenth of that."""
     if isinstance(want, Partial):
         got, want = (got.out, 10 * got.lse), (want.out, 10 * want.lse)
@@ -188,40 +210,22 @@ def error(case: Case, got, want) -> float:
 
 
 SMALL = {"heads": 4, "kv_heads": 2}
+WIDE = {"heads": 8, "kv_heads": 1}  # GQA 8
 # what is checked before anything is timed; on a CPU interpreted, so few tiles
 CHECKS = (
-    *(Case("forward", 256, D, **SMALL) for D in (64, 128, 256)),
-    Case("forward", 300, window=90, sink=4, **SMALL),
+    Case("forward", 256, **SMALL),
+    *(Case("forward", 256, D, heads=2, kv_heads=1) for D in (64, 256)),
+    Case("forward", 300, window=90, sink=4, heads=2, kv_heads=1),
     Case("forward", 512, density=0.1, heads=2, kv_heads=1, queries=256),
-    Case("backward", 128, 64, heads=2, kv_heads=1),
-    Case("backward", 128, 128, heads=2, kv_heads=1),
-    Case("decode", 700, **SMALL),
-    Case("decode", 700, heads=8, kv_heads=2, queries=4),
-    Case("decode", 700, window=200, sink=4, **SMALL),
+    *(Case("backward", 128, D, heads=2, kv_heads=1) for D in ATTEND_GRAD),
+    Case("decode_slots", 700, window=200, sink=4, **SMALL),
+    *(Case("decode", 200, queries=4, payload=p, **WIDE) for p in ("bf16", "fp8", "int4", "int2")),
+    *(Case("antidiagonal", 640, 64, heads=2, kv_heads=1, queries=256, stride=s) for s in (16, 8)),
+    Case("probe", 300, heads=2, kv_heads=1),
+    Case("minmax", 640, 64, heads=2, kv_heads=1, queries=2),
 )
 
 
 def checks(on_gpu: bool) -> list[Case]:
     """On a GPU the same at 2,048 tokens."""
-    return [replace(c, tokens=c.tokens + 2_048 - 256, queries=c.queries) if on_gpu else c for c in CHECKS]
-
-
-def timed_cases() -> list[Case]:
-    """Rows in the order of what a run that ends early must have first."""
-    dense = [Case("forward", n, d, batch=max(1, 65_536 // n)) for d in (128, 64, 256) for n in (16_384, 4_096, 65_536)]
-    long = [Case("forward", 131_072, 128)]
-    backward = [Case("backward", n, d, batch=max(1, 16_384 // n)) for d in (128, 64) for n in (16_384, 4_096)]
-    sparse = [Case("forward", n, 128, density=p) for n in (131_072, 65_536, 16_384) for p in (0.1, 0.05, 0.2, 0.5)]
-    decode = [Case("decode", n, 128, batch=b) for n in (131_072, 32_768) for b in (1, 8)]
-    return [
-        *dense,
-        *sparse[:1],
-        *decode[:1],
-        *backward[:1],
-        *long,
-        *sparse[1:],
-        *backward[1:],
-        *decode[1:],
-        dense[0],
-        decode[0],
-    ]
+    return [replace(c, tokens=c.tokens + 2_048 - 256) if on_gpu else c for c in CHECKS]

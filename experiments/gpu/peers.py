@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
-from experiments.gpu.cases import Case
-from experiments.gpu.timing import Timed, jax_timer, torch_timer
+from experiments.gpu.cases import SCORES, Case
+from experiments.gpu.decode import calls
+from experiments.gpu.timing import Timed, jax_timer, repeated, torch_timer
+
+FA3_DECODE = ((4, 64), (16, 64), (4, 256), (16, 256))  # splits of a row, tokens of a page: the best of them counts
 
 
 class Absent(Exception):
     """A peer that cannot take part in a row; says why."""
 
 
-def timers(case: Case) -> Iterator[tuple[str, Callable[[tuple[Any, ...]], Timed]]]:
-    """(name, what makes a timer from our q, k, v) of every peer; making one raises Absent, or whatever the peer does."""
-    yield "cudnn", lambda args: _cudnn(case, args)
-    yield "fa3-jax", lambda args: _fa3(case, args)
-    yield "tokamax", lambda args: _tokamax(case, args)
-    yield "torch-flash", lambda args: _torch(case, "FLASH_ATTENTION")
-    yield "torch-cudnn", lambda args: _torch(case, "CUDNN_ATTENTION")
-    yield "flex_attention", lambda args: _flex(case)
+def timers(case: Case, ours: tuple[Any, ...]) -> Iterator[tuple[str, Callable[[], Timed]]]:
+    """(name, what makes a timer) of every peer; making one raises Absent, or whatever the peer does.
+
+    Args:
+      case: a row.
+      ours: arguments of our program, of which q, k and v are taken where they are that.
+    """
+    # plain arrays through lcx have the peers of the row of pages beside them
+    if case.kernel in (*SCORES, "decode_slots"):
+        return
+    # a decode row has pages; its peers read plain arrays
+    args = cache(lambda: ours[:3] if case.kernel != "decode" else case.arrays())
+    pool = cache(lambda: _pool(case))
+    yield "cudnn", lambda: _cudnn(case, args)
+    if case.kernel == "decode":
+        for splits, page in FA3_DECODE:
+            yield f"fa3-jax splits {splits} page {page}", lambda s=splits, p=page: _fa3_decode(case, pool, s, p)
+    else:
+        yield "fa3-jax", lambda: _fa3(case, args)
+    yield "tokamax", lambda: _tokamax(case, args)
+    yield "torch-flash", lambda: _torch(case, "FLASH_ATTENTION")
+    yield "torch-cudnn", lambda: _torch(case, "CUDNN_ATTENTION")
+    yield "flex_attention", lambda: _flex(case)
 
 
 def _need(name: str):
@@ -32,6 +51,8 @@ def _need(name: str):
 
 
 def _plain(case: Case) -> None:
+    if case.payload != "bf16":
+        raise Absent("reads 16-bit keys")
     if case.density is not None:
         raise Absent("takes no list of tiles")
     if case.window is not None:
@@ -42,7 +63,7 @@ def _tokens_first(args):
     """q [B,T,H,D], k and v [B,S,K,D], as the field has them; made before the clock runs."""
     import jax.numpy as jnp
 
-    q, k, v = args
+    q, k, v = args()
     B, K, G, T, D = q.shape
     return q.reshape(B, K * G, T, D).swapaxes(1, 2), jnp.moveaxis(k, 3, 1), v.swapaxes(1, 2)
 
@@ -71,10 +92,44 @@ def _fa3(case: Case, args) -> Timed:
     if case.head_dim != 128:
         raise Absent("its wheel serves head_dim 128 alone")
     module = _need("flash_attn3_jax")
-    if case.kernel == "decode":
-        raise Absent("its paged decode is not wired here")
     run = lambda q, k, v: module.flash_mha(q, k, v, softmax_scale=case.head_dim**-0.5, is_causal=True)  # noqa: E731
     return jax_timer(_maybe_gradient(case, run), _tokens_first(args))
+
+
+def _pool(case: Case):
+    """q, keys, values [pages,64,K,D] and shuffled tables [sets,B,pages of 64] of FA3, as many sets as ours."""
+    import jax
+    import jax.numpy as jnp
+
+    B, K, D, sets = case.batch, case.kv_heads, case.head_dim, calls(case)
+    most = max(page for _, page in FA3_DECODE)
+    n = -(-case.tokens // most) * most // 64
+    keys = jax.random.split(jax.random.key(1), 4)
+    k, v = (jax.random.normal(key, (sets * B * n, 64, K, D), jnp.bfloat16) for key in keys[:2])
+    q = jax.random.normal(keys[2], (B, case.T, case.heads, D), jnp.bfloat16)
+    tables = {}
+    for _, page in FA3_DECODE:
+        many = sets * B * n * 64 // page
+        tables[page] = jax.random.permutation(keys[3], many).astype(jnp.int32).reshape(sets, B, -1)
+    return q, k, v, tables
+
+
+def _fa3_decode(case: Case, pool: Callable, splits: int, page: int) -> Timed:
+    import jax.numpy as jnp
+
+    _plain(case)
+    if case.head_dim != 128:
+        raise Absent("its wheel serves head_dim 128 alone")
+    attend = _need("flash_attn3_jax").flash_mha_with_kvcache
+    q, k, v, tables = pool()
+    length = jnp.full((case.batch,), case.tokens, jnp.int32)
+    about: dict[str, Any] = {"softmax_scale": case.head_dim**-0.5, "is_causal": True, "num_splits": splits}
+
+    def run(q, k, v, tables, length):
+        k, v = (x.reshape(-1, page, *x.shape[2:]) for x in (k, v))
+        return [attend(q, k, v, cache_seqlens=length, page_table=table, **about) for table in tables]
+
+    return repeated(jax_timer(run, (q, k, v, tables[page], length)), tables[page].shape[0])
 
 
 def _tokamax(case: Case, args) -> Timed:
@@ -87,6 +142,8 @@ def _tokamax(case: Case, args) -> Timed:
 
 
 def _torch_arrays(case: Case):
+    if case.payload != "bf16":
+        raise Absent("reads 16-bit keys")
     torch = _need("torch")
     if not torch.cuda.is_available():
         raise Absent("torch sees no GPU")

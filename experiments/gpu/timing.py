@@ -32,6 +32,11 @@ def jax_timer(fn: Callable, args) -> Timed:
     return times
 
 
+def repeated(timer: Timed, calls: int) -> Timed:
+    """The time of one of the `calls` that a program makes."""
+    return lambda iterations: [t / calls for t in timer(iterations)]
+
+
 def torch_timer(fn: Callable) -> Timed:
     """Time of a torch function between CUDA events, the L2 cache flushed between calls, as triton.testing does it."""
     torch, do_bench = importlib.import_module("torch"), importlib.import_module("triton.testing").do_bench
@@ -55,13 +60,25 @@ def wall_ms(fn: Callable, args, calls: int = 20) -> float:
     return (time.perf_counter() - start) / calls * 1e3
 
 
-def in_turn(timers: Mapping[str, Timed]) -> dict[str, dict[str, float]]:
-    """name -> median, p10, p90 of milliseconds, and the median over rounds of ours / it.  "ours" is among the names."""
+def in_turn(timers: Mapping[str, Timed]) -> tuple[dict[str, dict[str, float]], dict[str, Exception]]:
+    """Times of all in turn; "ours" is among the names.
+
+    Returns:
+      name -> median, p10, p90 of milliseconds, and the median over rounds of ours / it; and what peers raised, which have no times.
+    """
     rounds: dict[str, list[list[float]]] = {name: [] for name in timers}
+    raised: dict[str, Exception] = {}
     start = time.perf_counter()
     for _ in range(ROUNDS):
-        for name, timer in timers.items():
-            rounds[name].append(timer(ITERATIONS))
+        for name in list(rounds):
+            try:
+                rounds[name].append(timers[name](ITERATIONS))
+            # a peer that fails does not cost ours its row
+            except Exception as error:
+                if name == "ours":
+                    raise
+                raised[name] = error
+                del rounds[name]
         if time.perf_counter() - start > MOST_S:
             break
     found = {}
@@ -70,7 +87,7 @@ def in_turn(timers: Mapping[str, Timed]) -> dict[str, dict[str, float]]:
         ratio = np.median([np.median(a) / np.median(b) for a, b in zip(rounds["ours"], times, strict=True)])
         quantiles = {f"p{q}": float(np.percentile(flat, q)) for q in (10, 90)}
         found[name] = {"ms": float(np.median(flat)), "ours_over_it": float(ratio), "n": len(flat), **quantiles}
-    return found
+    return found, raised
 
 
 def card() -> dict[str, Any]:
