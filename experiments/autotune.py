@@ -30,7 +30,7 @@ CHOICES: dict[str, dict[str, tuple]] = {
     "probe": {"stages": (2, 3, 4, 6, 8), "run": (16, 32, 64, 128)},
 }
 # rows of queries of an entry of DECODE -> query heads, of 8 KV heads, and tokens that make as many
-ROWS = {8: (32, 1), 16: (32, 4), 64: (64, 8)}
+ROWS = {8: (32, 1), 16: (32, 4), 32: (64, 4)}
 
 
 def define_flags() -> None:

@@ -7,7 +7,7 @@ each, `consumers` warpgroups take the slots in turn.  Each has sums of its own, 
     pages of row 1: [ piece 3 ]                          consumer 0:                      0 1       | 4 5       |
                                                          consumer 1:                            2 3       | 6 7 |
 
-Keys and values are the operand A (64 rows), queries and probabilities the operand B of N = 8, 16 ... 64 columns ("swap-AB"): the G heads
+Keys and values are the operand A (64 rows), queries and probabilities the operand B of N = 8, 16 ... 32 columns ("swap-AB"): the G heads
 of a KV head times T tokens fill N, so the tensor core does not multiply padding.  Everything is transposed:
 
     for each page of the slot:
@@ -32,9 +32,9 @@ from lcx.errors import UserError
 from pallas_kernels.payloads import PAGE, Pages, Payload, planes
 from pallas_kernels.pieces import Plan, merge_pieces, plan_pieces
 from pallas_kernels.registers import HIDDEN, LOG2E, capped, empty, rows_of
-from pallas_kernels.tables import DecodeTile, decode_tile
+from pallas_kernels.tables import DecodeTile, decode_rows, decode_tile
 
-QUERIES, ROWS = 8, 64  # at most: T, and G * T
+QUERIES = 8  # T at most
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value for each query
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value for each token or channel
 
@@ -56,7 +56,8 @@ def decode(
     and table entries behind the last page, may be anything; entries in use are page numbers of the pool and are not checked.
 
     Args:
-      q: [B,K,G,T,D], bfloat16 or float16; T at most 8, G * T at most 64.
+      q: [B,K,G,T,D], bfloat16 or float16; T at most 8.  Groups of more than 32 rows (G * T; 16 for some payloads at head_dim 256) read
+        the pages once for each part.
       pages: the pool; see `payloads.Pages`.
       table: int32 [B,K,n], pages of each KV head in the order of its tokens.
       length: int32 [B] or [B,K], tokens of each row, at most 64 * n; longer ones count as 64 * n.
@@ -75,9 +76,18 @@ def decode(
     B, K, G, T, D = q.shape
     if q.size == 0 or table.size == 0:
         return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
+    length = jnp.broadcast_to(length if length.ndim == 2 else length[:, None], (B, K))
+    # a part of the group reads the pages by itself where all of it has more rows than fit the registers
+    about = pages.payload.kind, pages.head_dim
+    parts = next(p for p in range(1, G + 1) if G % p == 0 and G // p * T <= decode_rows(*about))
+    if parts > 1:
+        table, length = (jnp.repeat(x, parts, 1) for x in (table, length))
+        q = q.reshape(B, K * parts, G // parts, T, D)
+        out, lse = decode(q, pages, table, length, scale=scale, softcap=softcap, splits=splits, tile=tile)
+        return Partial(out.reshape(B, K, G, T, D), lse.reshape(B, K, G, T))
     R, n, N = B * K, table.shape[2], -(-G * T // 8) * 8
-    tile = tile or decode_tile(pages.payload.kind, pages.head_dim, N)
-    length = jnp.broadcast_to(length if length.ndim == 2 else length[:, None], (B, K)).reshape(R)
+    tile = tile or decode_tile(*about, N)
+    length = length.reshape(R)
     length = jnp.clip(length, 0, n * PAGE).astype(jnp.int32)
     rows = q.reshape(R, G * T, D).astype(pages.payload.dtype)
     rows = jnp.pad(rows, ((0, 0), (0, N - G * T), (0, pages.head_dim - D)))
@@ -93,10 +103,8 @@ def _check(q, pages, table, length, scale, softcap, splits):
     if q.ndim != 5 or q.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(f"q of {q.dtype}{list(q.shape)}: allowed is [B,K,G,T,D] in bfloat16 or float16")
     B, K, G, T, D = q.shape
-    if T > QUERIES or G * T > ROWS:
-        raise UserError(
-            f"q of {q.shape}: allowed are T at most {QUERIES} and G * T at most {ROWS}; attend takes more queries"
-        )
+    if T > QUERIES:
+        raise UserError(f"q of {q.shape}: allowed are T at most {QUERIES}; attend takes more queries")
     if D > pages.head_dim:
         raise UserError(f"q of head_dim {D}: allowed are at most {pages.head_dim}, that of the pages")
     if table.ndim != 3 or table.shape[:2] != (B, K) or table.dtype != jnp.int32:

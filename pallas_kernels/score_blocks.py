@@ -58,7 +58,7 @@ def score_pooled(
     # the number of columns that the rows of a tile see: those that begin at its last position or before
     ends = first[:, None] + jnp.minimum((jnp.arange(-(-Q // ROWS)) + 1) * ROWS, Q) * rows
     limit = jnp.minimum((ends - 1) // size + 1, N) if causal else jnp.full_like(ends, N)
-    out = _products(q.reshape(B * K * G, Q, D), [k.reshape(B * K, D, N)], limit, scale, tile or _tile(D))
+    out, _ = _products(q.reshape(B * K * G, Q, D), [k.reshape(B * K, D, N)], limit, scale, tile or _tile(D))
     out = out.reshape(B, K, G, Q, N)
     if not causal:
         return out
@@ -78,7 +78,7 @@ def score_minmax(q: jax.Array, low: jax.Array, high: jax.Array, *, tile: ScoreTi
     a = jnp.concatenate([pad(x.reshape(B * K, G * T, D), 2, SLICE) for x in halves], 2)
     limit = jnp.full((B, -(-G * T // ROWS)), N, jnp.int32)
     bs = [x.reshape(B * K, D, N) for x in (high, low)]
-    return _products(a, bs, limit, 1.0, tile or _tile(D)).reshape(B, K, G, T, N)
+    return _products(a, bs, limit, 1.0, tile or _tile(D))[0].reshape(B, K, G, T, N)
 
 
 def score_antidiagonal(
@@ -159,8 +159,8 @@ def _products(a, bs, limit, scale: float, tile: ScoreTile, *, group: int | None 
         sees columns up to `first` + r, int32 [B].
 
     Returns:
-      float32 [Z,R,N] products times scale; or (sums float32 [Z,R,N / group], top float32 [Z, tiles of columns, R in whole tiles]): of the
-      columns of a tile, exp2 of the logits less `top`, their largest.
+      (float32 [Z,R,N] products times scale, None); or (sums float32 [Z,R,N / group], top float32 [Z, tiles of columns, R in whole
+      tiles]): of the columns of a tile, exp2 of the logits less `top`, their largest.
     """
     Z, R, _ = a.shape
     B = limit.shape[0]
@@ -176,9 +176,16 @@ def _products(a, bs, limit, scale: float, tile: ScoreTile, *, group: int | None 
     lengths = limit if first is None else jnp.concatenate([limit, first[:, None]], 1)
     ones = [jnp.repeat(jnp.eye(wide, dtype=jnp.float16), group, 1)] if group else []
 
+    float32 = jnp.float32
+    blocks = -(-N // group) if group else N
+    made = [jax.ShapeDtypeStruct((Z, a.shape[1], -(-blocks // 4) * 4), float32)]
+    if group:
+        made.append(jax.ShapeDtypeStruct((Z, tiles, row_tiles * ROWS), float32))
+
     def body(a_ref, b_refs, lengths_ref, ones_refs, *refs):
-        out_ref, top_ref = (refs[0], refs[1]) if group else (refs[0], None)
-        a_smem, b_smem, ones_smem, out_smem, top_smem, ready, free, ones_ready = refs[2 if group else 1 :]
+        # without a group there is no second result
+        out_ref, top_ref = refs[0], refs[len(made) - 1]
+        a_smem, b_smem, ones_smem, out_smem, top_smem, ready, free, ones_ready = refs[len(made) :]
         wg, block = lax.axis_index("wg"), lax.axis_index("block")
         # heads side by side share what they read; the last rows, which see most, first
         z, rest = lax.rem(block, Z), lax.div(block, Z)
@@ -275,11 +282,6 @@ def _products(a, bs, limit, scale: float, tile: ScoreTile, *, group: int | None 
 
             plgpu.wait_smem_to_gmem(0)
 
-    float32 = jnp.float32
-    blocks = -(-N // group) if group else N
-    made = [jax.ShapeDtypeStruct((Z, a.shape[1], -(-blocks // 4) * 4), float32)]
-    if group:
-        made.append(jax.ShapeDtypeStruct((Z, tiles, row_tiles * ROWS), float32))
     out = plgpu.kernel(
         body,
         out_type=made,
@@ -300,4 +302,4 @@ def _products(a, bs, limit, scale: float, tile: ScoreTile, *, group: int | None 
         # maxima along a row stay within a warp: no shared memory for reductions, which stride 16 has no room for
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(a, bs, lengths, ones)
-    return (out[0][:, :R, :blocks], out[1]) if group else out[0][:, :R, :N]
+    return out[0][:, :R, :blocks], out[1] if group else None

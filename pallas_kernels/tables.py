@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lcx.errors import UserError
-
 # attend: forward
 
 
@@ -89,8 +87,8 @@ class DecodeTile:
     per_core: int = 1
 
 
-# (payload, head_dim) -> for up to 8, 16 and 64 rows of queries (heads of a group times tokens); f16 is as bf16.  None: 12 to 60 bytes of
-# registers a thread are spilled
+# (payload, head_dim) -> for up to 8, 16 and 32 rows of queries (heads of a group times tokens); f16 is as bf16.  None, and more rows:
+# registers would be spilled (12 to 104 bytes a thread), and `decode` reads the pages once for each part of the group
 DECODE = {
     ("bf16", 64): (DecodeTile(pages=2, stages=6), DecodeTile(pages=2, stages=4), DecodeTile(pages=1, stages=4)),
     ("bf16", 128): (DecodeTile(pages=1, stages=6), DecodeTile(pages=1, stages=4), DecodeTile(pages=1, stages=4)),
@@ -110,17 +108,20 @@ DECODE = {
 }
 
 
-def decode_tile(kind: str, head_dim: int, rows: int) -> DecodeTile:
-    """The table's entry for a payload and `rows` of queries.
+def decode_entry(kind: str, head_dim: int) -> tuple[DecodeTile, DecodeTile, DecodeTile | None]:
+    """The table's tiles for a payload."""
+    return DECODE["bf16" if kind == "f16" else kind, head_dim]
 
-    Raises:
-      UserError: there is none.
-    """
-    narrow, middle, wide = DECODE["bf16" if kind == "f16" else kind, head_dim]
-    tile = narrow if rows <= 8 else middle if rows <= 16 else wide
-    if tile is None:
-        raise UserError(f"G * T = {rows} rows of queries: {kind} pages of head_dim {head_dim} serve at most 16")
-    return tile
+
+def decode_rows(kind: str, head_dim: int) -> int:
+    """The most rows of queries that one of a payload's tiles takes."""
+    return 16 if decode_entry(kind, head_dim)[2] is None else 32
+
+
+def decode_tile(kind: str, head_dim: int, rows: int) -> DecodeTile:
+    """The tile for a payload and `rows` of queries, at most `decode_rows` of them."""
+    narrow, middle, wide = decode_entry(kind, head_dim)
+    return narrow if rows <= 8 else middle if rows <= 16 or wide is None else wide
 
 
 # score_blocks: products of rows by columns

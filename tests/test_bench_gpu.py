@@ -309,3 +309,14 @@ def test_autotune_without_a_gpu_says_what_to_do():
         command = [sys.executable, "-m", "experiments.autotune", *args]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+
+
+def test_a_peer_that_fails_while_it_is_timed_does_not_cost_our_row():
+    def fails(iterations):
+        raise RuntimeError("launches differ")
+
+    found, raised = timing.in_turn({"fails": fails, "ours": lambda n: [2.0] * n, "other": lambda n: [1.0] * n})
+    assert set(found) == {"ours", "other"} and found["other"]["ours_over_it"] == 2.0
+    assert str(raised["fails"]) == "launches differ"
+    with pytest.raises(RuntimeError):
+        timing.in_turn({"ours": fails})

@@ -216,10 +216,9 @@ def test_wrong_calls_are_refused():
             decode(**(dict(q=q, pages=pages, table=table, length=length, scale=0.1) | change))
 
 
-def test_rows_that_no_entry_serves_are_refused():
-    q, pages, table, length = make(Payload("int2"), K=1, G=8, T=4, D=256, S=64)
-    with pytest.raises(UserError, match="G \\* T = 32 rows of queries: int2 pages of head_dim 256 serve at most 16"):
-        decode(q, pages, table, length, scale=0.1)
+def test_groups_that_do_not_fit_are_read_in_parts():
+    """24 rows of int2 pages of head_dim 256, of which 16 fit: each half of the group by itself."""
+    compare(Payload("int2"), K=1, G=6, T=4, D=256, S=70, tile=SMALL)
 
 
 # compiled for the H200
@@ -248,7 +247,7 @@ def entries():
     }
     for kind, head_dim in DECODE:
         for by in ("channel",) if kind == "bf16" else ("channel", "token"):
-            for G, T in ((4, 1), (4, 4), (8, 4)) if DECODE[kind, head_dim][2] is not None else ((4, 1), (4, 4)):
+            for G, T in ((4, 1), (4, 4), (8, 4), (8, 8)):
                 easy = (kind, head_dim, by) in cheap and T == 1
                 yield pytest.param(kind, head_dim, by, G, T, marks=() if easy else pytest.mark.slow)
 
