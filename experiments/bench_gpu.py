@@ -163,10 +163,17 @@ def time_rows(rows: Rows, wrong: set[str]) -> Iterator[dict[str, Any]]:
             rows.add("failed", row.name, why=one_line(error))
             continue
         after = card()
-        clocks = [float(c.get("sm_mhz", 0)) for c in (before, after)]
-        drifted = abs(clocks[0] - clocks[1]) > DRIFT * max(clocks)
-        rows.add("timed", row.name, **found, drifted=drifted, **after)
+        rows.add("timed", row.name, **found, drifted=drifted(before, after), **after)
         yield rows.rows[-1]
+
+
+def drifted(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
+    """Whether the clock moved by more than DRIFT; None where the card does not tell it."""
+    try:
+        clocks = [float(told["sm_mhz"]) for told in (before, after)]
+    except (KeyError, ValueError):
+        return None
+    return abs(clocks[0] - clocks[1]) > DRIFT * max(clocks)
 
 
 def one_line(error: Exception) -> str:

@@ -40,7 +40,7 @@ class Case:
       density: share of the causal tiles that a list holds; None: no list.
       window, sink: of the mask, None and 0: causal alone.
       queries: T; None: 1 in decode and minmax, 64 in a probe, all tokens else.  They are the last ones.
-      payload: of the pages of "decode".
+      payload, by: of the pages of "decode", see `payloads.Payload`.
       stride: of "antidiagonal".
     """
 
@@ -55,13 +55,15 @@ class Case:
     sink: int = 0
     queries: int | None = None
     payload: str = "bf16"
+    by: str = "channel"
     stride: int = 16
 
     @property
     def name(self) -> str:
         shape = f"{self.tokens:,} D {self.head_dim} {self.heads}/{self.kv_heads} x{self.batch}"
         if self.kernel == "decode":
-            return f"decode {self.payload} {shape}" + (f" T {self.T}" if self.T > 1 else "")
+            by = " by token" if self.by == "token" else ""
+            return f"decode {self.payload}{by} {shape}" + (f" T {self.T}" if self.T > 1 else "")
         if self.kernel in SCORES:
             about = {"antidiagonal": f" stride {self.stride}", "minmax": f" page {EXTREMES}"}.get(self.kernel, "")
             return f"score {self.kernel}{about} {shape} last {self.T:,} queries"
@@ -108,7 +110,7 @@ class Case:
         """Keys and values, read once: whole pages with their scales, or 16 bits each."""
         if self.kernel == "decode":
             pages = self.batch * self.kv_heads * -(-self.tokens // PAGE)
-            return pages * page_bytes(Payload(self.payload), self.head_dim)
+            return pages * page_bytes(Payload(self.payload, self.by), self.head_dim)
         return 2 * 2 * self.batch * self.kv_heads * self.tokens * self.head_dim
 
     def arrays(self, seed: int = 0, dtype=jnp.bfloat16):
@@ -220,6 +222,7 @@ CHECKS = (
     *(Case("backward", 128, D, heads=2, kv_heads=1) for D in ATTEND_GRAD),
     Case("decode_slots", 700, window=200, sink=4, **SMALL),
     *(Case("decode", 200, queries=4, payload=p, **WIDE) for p in ("bf16", "fp8", "int4", "int2")),
+    Case("decode", 200, payload="int4", by="token", **WIDE),
     *(Case("antidiagonal", 640, 64, heads=2, kv_heads=1, queries=256, stride=s) for s in (16, 8)),
     Case("probe", 300, heads=2, kv_heads=1),
     Case("minmax", 640, 64, heads=2, kv_heads=1, queries=2),

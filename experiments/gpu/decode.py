@@ -37,7 +37,7 @@ def abstract(case: Case, sets: int):
     shape = jax.ShapeDtypeStruct
     return (
         shape(case.shapes[0], jnp.bfloat16),
-        abstract_pages(Payload(case.payload), case.head_dim, sets * B * K * n),
+        abstract_pages(Payload(case.payload, case.by), case.head_dim, sets * B * K * n),
         shape((sets, B, K, n), jnp.int32),
         shape((sets, B), jnp.int32),
     )
@@ -72,7 +72,7 @@ def _random(key, array):
 
 
 def program(case: Case, splits: int | None = None, tile=None) -> Callable:
-    """(q, pages, tables, lengths) -> each table's result.  Lengths are by call, so that each call plans its pieces itself."""
+    """(q, pages, tables, lengths) -> each table's result, of one length each."""
     one = jax.jit(lambda *args: decode(*args, scale=case.head_dim**-0.5, splits=splits, tile=tile))
     return lambda q, pages, tables, lengths: [one(q, pages, tables[i], lengths[i]) for i in range(tables.shape[0])]
 
@@ -83,7 +83,7 @@ def program(case: Case, splits: int | None = None, tile=None) -> Callable:
 def small(case: Case, seed: int = 0):
     """(q, pages, table, length) of packed random keys and values, the pages shuffled."""
     q, k, v = case.arrays(seed)
-    pages, table = pack_pages(k, v, Payload(case.payload))
+    pages, table = pack_pages(k, v, Payload(case.payload, case.by))
     order = np.random.default_rng(seed).permutation(pages.k.shape[0])
     pages = jax.tree.map(lambda x: x[np.argsort(order)], pages)
     table = jnp.asarray(order[np.asarray(table)], jnp.int32)
@@ -106,11 +106,13 @@ def dequantised(pages: Pages):
         k, v = np.asarray(pages.k, np.float32), np.asarray(pages.v, np.float32).swapaxes(1, 2)
     if p.exact:
         return k, v
-    scales, n = np.asarray(pages.scales, np.float32), D // 64
-    by_channel = [scales[:, i * n : i * n + n].reshape(-1, 1, D) for i in range(2)]
+    scales = np.asarray(pages.scales, np.float32)
+    # rows of 64: those of K by channel, or one by token; then one of V by token
+    n, of_k = (D // 64, (-1, 1, D)) if p.by == "channel" else (1, (-1, 64, 1))
+    first, second = (scales[:, i * n : i * n + n].reshape(of_k) for i in range(2))
     if not p.codes:
-        return k * by_channel[0], v * scales[:, n, :, None]
-    return k * by_channel[0] + by_channel[1], v * scales[:, 2 * n, :, None] + scales[:, 2 * n + 1, :, None]
+        return k * first, v * scales[:, n, :, None]
+    return k * first + second, v * scales[:, 2 * n, :, None] + scales[:, 2 * n + 1, :, None]
 
 
 def reference(case: Case) -> Callable:

@@ -8,7 +8,8 @@ where index is the antidiagonal score at stride 16, choose a threshold for each 
 but its attention: norms, products, gate.  Parts that depend on the chunk are measured at SAMPLED chunks and read off straight lines between
 them.  RoPE, the embedding, and the head for the last token are left out.
 
-A decode step over 4,194,304 tokens, half of the KV heads full and in int4, half streaming (64 sinks, 256 recent) in bfloat16:
+A decode step over 4,194,304 tokens, half of the KV heads full and in int4, half streaming (64 sinks, 256 recent) in bfloat16; scales of K
+by token (73.0 GB in all), as those by channel would take 75.2 GB:
 
     milliseconds = layers * (full heads + streaming heads + layer) + head
 """
@@ -41,7 +42,7 @@ FULL_HEADS = K // 2
 PREFILL_S, STEP_MS, KV_BYTES = 100.0, 29.0, 75e9  # goals, at most
 COUNTED = f"model decode {CONTEXT:,}: bytes of KV"
 PREFILL_PARTS = ("index", "choose", "list", "attend")
-FULL = Case("decode", CONTEXT, D, heads=H // K * FULL_HEADS, kv_heads=FULL_HEADS, payload="int4")
+FULL = Case("decode", CONTEXT, D, heads=H // K * FULL_HEADS, kv_heads=FULL_HEADS, payload="int4", by="token")
 STREAMING = Case("decode", SINK + RECENT, D, heads=H // K * FULL_HEADS, kv_heads=FULL_HEADS)
 STREAMING_CALLS = 4  # enough to see one call's time; its pages are few, and come from the L2 cache here
 
@@ -179,7 +180,7 @@ def prefill_s(ms: dict[str, float]) -> float | None:
 
 def kv_bytes() -> int:
     """Of the decode row, in whole pages, all layers; weights apart."""
-    full = CONTEXT // PAGE * page_bytes(Payload("int4"), D)
+    full = CONTEXT // PAGE * page_bytes(Payload(FULL.payload, FULL.by), D)
     streaming = -(-(SINK + RECENT) // PAGE) * page_bytes(Payload("bf16"), D)
     return LAYERS * (FULL_HEADS * full + (K - FULL_HEADS) * streaming)
 
