@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lcx import scores
 from lcx.attention import EMPTY, Near, Partial, Source, merge
 from lcx.attention import attend as xla_attend
 from lcx.errors import UserError
@@ -107,6 +108,29 @@ def attend(
     if left or not served:
         served.append(xla_attend(q, left, q_pos, allow=allow, reach=reach, **asked))
     return merge(served)
+
+
+def score_minmax(q, low, high, *, implementation: str = "xla") -> jax.Array:
+    """`lcx.scores.score_minmax` by an implementation; XLA where the kernel does not know the types or the head_dim."""
+    if not _scored_by_kernel(q, low, implementation):
+        return scores.score_minmax(q, low, high)
+    from pallas_kernels.score_blocks import score_minmax as kernel
+
+    return kernel(q, low, high)
+
+
+def score_probe(q, k, *, implementation: str = "xla", **asked) -> tuple[jax.Array, jax.Array]:
+    """`lcx.scores.score_probe` by an implementation; XLA where the kernel does not know the types or the head_dim."""
+    if not _scored_by_kernel(q, k, implementation):
+        return scores.score_probe(q, k, **asked)
+    from pallas_kernels.score_probe import score_probe as kernel
+
+    return kernel(q, k, **asked)
+
+
+def _scored_by_kernel(q, k, implementation: str) -> bool:
+    served = q.dtype in (jnp.bfloat16, jnp.float16) and k.dtype == q.dtype and q.shape[-1] <= 256
+    return implementation in ("pallas", PREFER_PALLAS) and served
 
 
 # pallas

@@ -8,7 +8,7 @@ from interpret_support import interpreted
 
 from lcx.attention import EMPTY, Near, Source, tokens_source
 from lcx.errors import UserError
-from lcx.implementation import PREFER_PALLAS, attend, resolve
+from lcx.implementation import PREFER_PALLAS, attend, resolve, score_minmax, score_probe
 
 B, K, D = 2, 2, 64
 SCALE = D**-0.5
@@ -98,6 +98,23 @@ def test_what_cannot_be_honoured_is_refused_or_left_to_xla():
         attend(q.astype(jnp.float32), [own], pos, scale=SCALE, implementation="pallas")
     got = attend(q, [held], pos, scale=SCALE, implementation=PREFER_PALLAS)
     assert np.isneginf(np.asarray(got.lse)).all() and np.isfinite(np.asarray(want.lse)).all()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("implementation", ["pallas", PREFER_PALLAS])
+def test_scores_of_patterns_go_through_the_kernels(implementation):
+    q, k = tokens(0, B, K, 2, 16, D), tokens(1, B, K, D, 100)
+    for score, args, asked in (
+        (score_minmax, (q, k - 1, k + 1), {}),
+        (score_probe, (q, k), {"scale": SCALE, "q_offset": jnp.asarray([84, -3]), "kv_len": jnp.asarray([100, 13])}),
+    ):
+        run = lambda *args: score(*args, implementation=implementation, **asked)  # noqa: B023, E731
+        # `interpreted` fails where no kernel runs
+        got, want = interpreted(run)(*args), score(*args, **asked)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), got, want)
+        # other types are XLA's: the same without a kernel
+        wide = [x.astype(jnp.float32) for x in args]
+        jax.tree.map(np.testing.assert_array_equal, run(*wide), score(*wide, **asked))
 
 
 def test_a_device_that_is_not_hopper_gets_xla():

@@ -10,6 +10,7 @@ from jax import lax
 
 from lcx.attention import EMPTY
 from lcx.errors import UserError
+from lcx.implementation import score_probe
 from lcx.recipe import CAUSAL, Pattern
 
 PROBE, BLOCK = 64, 64  # last queries that estimate; rows and keys of a kernel block
@@ -57,20 +58,18 @@ class MInference(Pattern):
         """(columns, diagonals): probability of the probe by key and by distance, float32 [B,R,G,T]."""
         T = ctx.pos.shape[1]
         probe = ctx.last_queries(min(PROBE, T))
-        logits = jnp.einsum("brgtd,brsd->brgts", probe.q, ctx.k, preferred_element_type=jnp.float32) * ctx.scale
-        if ctx.softcap is not None:
-            logits = ctx.softcap * jnp.tanh(logits / ctx.softcap)
-        distance = probe.pos[:, :, None] - ctx.pos[:, None, :]  # [B,W,T]
-        seen = (distance >= 0) & (ctx.pos != EMPTY)[:, None, :] & (probe.pos != EMPTY)[:, :, None]
-        seen = seen[:, None, None]
-        if ctx.allow is not None:  # a layer with a window of its own
-            seen &= ctx.allow(probe.pos[:, None, None, :, None], ctx.pos[:, None, None, None, :])
-        p = jax.nn.softmax(jnp.where(seen, logits, -1e30), -1) * seen
-        far = jnp.where(distance >= 0, distance, T)
-        by_distance = jax.vmap(  # over B: distances are shared by the heads
-            lambda p, d: jnp.zeros((*p.shape[:2], T)).at[:, :, d].add(p, mode="drop")
-        )(p, far)
-        return p.sum(3), by_distance
+        # one shot: slot s of the step holds the s-th token of the text, padding follows
+        real = jnp.sum(ctx.pos != EMPTY, -1, dtype=jnp.int32)
+        return score_probe(
+            probe.q,
+            jnp.moveaxis(ctx.k, 3, 2),
+            scale=ctx.scale,
+            q_offset=real - probe.pos.shape[1],
+            kv_len=real,
+            window=ctx.window,
+            softcap=ctx.softcap,
+            implementation=ctx.implementation,
+        )
 
     def visit(self, ctx, held):
         T = ctx.pos.shape[1]

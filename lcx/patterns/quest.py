@@ -9,6 +9,7 @@ from jax import lax
 
 from lcx.attention import EMPTY, used_length
 from lcx.errors import UserError
+from lcx.implementation import score_minmax
 from lcx.recipe import CAUSAL, Pattern
 
 
@@ -56,11 +57,8 @@ class Quest(Pattern):
         return Summaries(self.page).summarise(store, before, after, num_new)
 
     def visit(self, ctx, held):
-        q = ctx.q.astype(jnp.float32)
-        low, high = (held.slots.state[n].astype(jnp.float32) for n in ("page_min", "page_max"))
-        # sum over d of max(q*low, q*high) is q+ . high + q- . low
-        score = jnp.einsum("brgtd,brdp->brgtp", jnp.maximum(q, 0), high)
-        score += jnp.einsum("brgtd,brdp->brgtp", jnp.minimum(q, 0), low)
+        low, high = (held.slots.state[n] for n in ("page_min", "page_max"))
+        score = score_minmax(ctx.q, low, high, implementation=ctx.implementation)
         if self.group_reduce == "max":
             score = jnp.broadcast_to(score.max(2, keepdims=True), score.shape)
         pages = score.shape[-1]
