@@ -42,7 +42,6 @@ from pallas_kernels.registers import (
     capped,
     empty,
     in_loop,
-    line_buffer,
     rows_of,
     swizzled,
     write_rows,
@@ -148,7 +147,7 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, softcap,
     operand = swizzled(size)
 
     def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, others, dq_ref, *scratch):
-        q_smem, do_smem, k_smem, v_smem, out_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
+        q_smem, do_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
         ref = Data(**dict(zip(names, others, strict=True)))
         wg = lax.axis_index("wg")
         b, h, i = block_of(lax.axis_index("block"), B, H, Q, ref)
@@ -195,7 +194,7 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, softcap,
             def one_tile(step, carry):
                 dq, code = carry
                 slot = lax.rem(step, stages)
-                here = in_loop(wg, code)
+                here = in_loop(wg)
                 following = entry(step + 1)
                 plgpu.barrier_wait(k_ready.at[slot])
 
@@ -222,7 +221,8 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, softcap,
                 return dq, following
 
             dq, _ = lax.fori_loop(0, steps, one_tile, (empty(HALF, D), entry(0)))
-            write_rows(dq * scale, out_smem.at[wg], dq_ref.at[b, h, rows])
+            # through the place of do, which no product reads any more
+            write_rows(dq * scale, do_smem.at[wg], dq_ref.at[b, h, rows])
             plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
@@ -237,7 +237,6 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, softcap,
             plgpu.SMEM((2, HALF, D), q.dtype, transforms=operand),
             plgpu.SMEM((stages, D, size), q.dtype, transforms=operand),
             plgpu.SMEM((stages, size, D), q.dtype, transforms=operand),
-            line_buffer(q.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
@@ -261,7 +260,7 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, soft
 
     def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, others, *refs):
         out_refs, scratch = refs[: len(want)], refs[len(want) :]
-        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, out_smem, *barriers = scratch
+        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, *barriers = scratch
         kv_ready, q_ready, do_ready, q_free, do_free = barriers
         ref = Data(**dict(zip(names, others, strict=True)))
         wg = lax.axis_index("wg")
@@ -326,7 +325,7 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, soft
 
             def one_tile(h, step, code, sums):
                 slot = lax.rem(step, stages)
-                here = in_loop(wg, code)
+                here = in_loop(wg)
                 first = lax.div(code, 2) * rows
                 plgpu.barrier_wait(q_ready.at[slot])
 
@@ -367,7 +366,7 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, soft
             _, sums = over_heads(one_tile, {name: empty(HALF, D) for name in want})
             for name, out_ref in zip(want, out_refs, strict=True):
                 total = sums[name] * scale if name == "k" else sums[name]
-                write_rows(total, out_smem.at[wg], out_ref.at[b, kv_head, keys])
+                write_rows(total, v_smem.at[wg], out_ref.at[b, kv_head, keys])
             plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
@@ -379,13 +378,12 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, soft
         thread_name="wg",
         scratch_types=(
             plgpu.SMEM((2, D, HALF), q.dtype, transforms=operand),
-            # read for dk alone
+            # read for dk alone; the results leave through it
             plgpu.SMEM((2, HALF, D if "k" in want else 64), q.dtype, transforms=operand),
             plgpu.SMEM((stages, rows, D), q.dtype, transforms=operand),
             plgpu.SMEM((stages, rows, D), q.dtype, transforms=operand),
             plgpu.SMEM((stages, rows), jnp.float32),
             plgpu.SMEM((stages, rows), jnp.float32),
-            line_buffer(q.dtype),
             plgpu.Barrier(num_arrivals=2 if "k" in want else 1, num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),

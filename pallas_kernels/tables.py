@@ -42,8 +42,8 @@ class AttendGradTile:
     """Sizes of the two kernels of `attend_bwd`.
 
     Attributes:
-      size: keys of a tile that the kernel of dq reads.
-      rows: queries of a tile that the kernel of dk and dv reads.
+      size: keys of a tile that the kernel of dq reads, 32 or 64.
+      rows: queries of a tile that the kernel of dk and dv reads, 32 or 64.
       dq_stages, dkv_stages: tiles in flight.
       together: dk and dv in one kernel; otherwise one each, where both sums do not fit the registers.
       registers, producer_registers: of a thread of a consumer and of the producer; 2 x registers + producer_registers <= 504.
@@ -60,8 +60,8 @@ class AttendGradTile:
 
 ATTEND_GRAD = {
     64: AttendGradTile(size=64, rows=64, dq_stages=4, dkv_stages=4),
-    128: AttendGradTile(size=64, rows=64, dq_stages=3, dkv_stages=3, together=False),
-    256: AttendGradTile(size=32, rows=32, dq_stages=2, dkv_stages=2, together=False),
+    128: AttendGradTile(size=64, rows=64, dq_stages=4, dkv_stages=4),
+    256: AttendGradTile(size=32, rows=32, dq_stages=3, dkv_stages=3, together=False),
 }
 
 
