@@ -111,7 +111,11 @@ def attend(
 
 
 def score_minmax(q, low, high, *, implementation: str = "xla") -> jax.Array:
-    """`lcx.scores.score_minmax` by an implementation; XLA where the kernel does not know the types or the head_dim."""
+    """`lcx.scores.score_minmax` by an implementation, with cuDNN by XLA.
+
+    Raises:
+      UserError: "pallas" was named and the kernel does not serve the types or the head_dim.
+    """
     if not _scored_by_kernel(q, low, implementation):
         return scores.score_minmax(q, low, high)
     from pallas_kernels.score_blocks import score_minmax as kernel
@@ -120,7 +124,7 @@ def score_minmax(q, low, high, *, implementation: str = "xla") -> jax.Array:
 
 
 def score_probe(q, k, *, implementation: str = "xla", **asked) -> tuple[jax.Array, jax.Array]:
-    """`lcx.scores.score_probe` by an implementation; XLA where the kernel does not know the types or the head_dim."""
+    """`lcx.scores.score_probe` by an implementation, as `score_minmax`."""
     if not _scored_by_kernel(q, k, implementation):
         return scores.score_probe(q, k, **asked)
     from pallas_kernels.score_probe import score_probe as kernel
@@ -130,6 +134,11 @@ def score_probe(q, k, *, implementation: str = "xla", **asked) -> tuple[jax.Arra
 
 def _scored_by_kernel(q, k, implementation: str) -> bool:
     served = q.dtype in (jnp.bfloat16, jnp.float16) and k.dtype == q.dtype and q.shape[-1] <= 256
+    if implementation == "pallas" and not served:
+        raise UserError(
+            f"implementation='pallas': scores of {q.dtype} by {k.dtype}, head_dim={q.shape[-1]}; the kernels take bfloat16 or float16,"
+            " at most 256"
+        )
     return implementation in ("pallas", PREFER_PALLAS) and served
 
 

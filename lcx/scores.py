@@ -9,7 +9,7 @@ from einops import rearrange
 from lcx.errors import UserError
 
 BLOCK = 128  # queries and keys of a scored block: those of a listed tile
-STRIDES = (4, 8, 16)
+STRIDES = (4, 8, 16)  # the paper's, and those of the kernel
 PROBE = 64  # at most: queries of a probe
 
 
@@ -71,11 +71,11 @@ def score_antidiagonal(q: jax.Array, k: jax.Array, *, stride: int, scale: float,
 
     XAttention, arXiv:2503.16428, section 2.1: the logit of `stride` successive queries and as many keys is the sum of q . k over the
     antidiagonal of their square, by `scale / stride`; causal softmax over the squares of a row; sums by block.  Here the rows of a block
-    are averaged, so that a row of blocks sums to 1.  With stride 1 it would be the exact mass.
+    are averaged, so that a row of blocks sums to 1.  Exact at stride 1.
 
     Args:
       q: [B,K,G,T,D]; k: [B,K,D,S], key s at position s.
-      stride: 4, 8 or 16, as in the paper.
+      stride: divides 128; the paper has 4, 8 and 16.
       scale: of the model's logits, positive.
       q_offset: int32 [B] or one number, a multiple of `stride`: position of the first query.
       kv_len: int32 [B] or one number, keys in use, at most S; None: S.  Those behind it must be finite.
@@ -185,8 +185,8 @@ def check_antidiagonal(q, k, stride: int, scale: float, q_offset):
     """Raises UserError for a call that `score_antidiagonal` does not serve."""
     _check_heads(q, k)
     _check_scale(scale)
-    if stride not in STRIDES:
-        raise UserError(f"stride={stride}: allowed are {', '.join(map(str, STRIDES))}")
+    if stride < 1 or BLOCK % stride:
+        raise UserError(f"stride={stride}: allowed are divisors of {BLOCK}")
     if isinstance(q_offset, int) and (q_offset % stride or q_offset < 0):
         raise UserError(f"q_offset={q_offset}: allowed are multiples of stride={stride}")
 

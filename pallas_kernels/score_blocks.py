@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lcx.errors import UserError
-from lcx.scores import BLOCK, check_antidiagonal, check_minmax, check_pooled
+from lcx.scores import BLOCK, STRIDES, check_antidiagonal, check_minmax, check_pooled
 from pallas_kernels.inputs import pad
 from pallas_kernels.lists import ROWS
 from pallas_kernels.registers import HALF, HIDDEN, LOG2E, PRODUCER, SWIZZLED, empty, line_buffer, write_rows
@@ -91,11 +91,13 @@ def score_antidiagonal(
     kv_len=None,
     tile: ScoreTile | None = None,
 ) -> jax.Array:
-    """As `lcx.scores.score_antidiagonal`; q and k in bfloat16 or float16.
+    """As `lcx.scores.score_antidiagonal`; q and k in bfloat16 or float16, stride 4, 8 or 16.
 
     exp2 of a column is rounded to float16 before it is added up (relative 2^-11; below 2^-24 of its tile's largest it counts 0).
     """
     check_antidiagonal(q, k, stride, scale, q_offset)
+    if stride not in STRIDES:
+        raise UserError(f"stride={stride}: allowed are {', '.join(map(str, STRIDES))}; lcx.scores takes others")
     check_types(q, k)
     B, K, G, T, D = q.shape
     S = k.shape[-1]

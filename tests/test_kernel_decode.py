@@ -10,9 +10,10 @@ import pytest
 from aot_support import compile_kernel
 from interpret_support import interpreted
 
+from experiments.gpu.decode import abstract_pages
 from lcx.errors import UserError
 from pallas_kernels.decode import decode
-from pallas_kernels.payloads import FLOATS, Pages, Payload, pack_pages, page_bytes
+from pallas_kernels.payloads import Pages, Payload, pack_pages, page_bytes
 from pallas_kernels.tables import DECODE, DecodeTile
 
 PAYLOADS = [
@@ -222,19 +223,6 @@ def test_groups_that_do_not_fit_are_read_in_parts():
 
 
 # compiled for the H200
-
-
-def abstract_pages(payload: Payload, head_dim: int, pages: int) -> Pages:
-    shape = jax.ShapeDtypeStruct
-    store = jnp.int16 if payload.codes else FLOATS[payload.kind]
-    rows = sum(map(len, payload.rows(head_dim).values()))
-    scales = shape((pages, rows, 64), jnp.float16) if rows else None
-    return Pages(
-        shape((pages, *payload.k_shape(head_dim)), store),
-        shape((pages, *payload.v_shape(head_dim)), store),
-        scales,
-        payload,
-    )
 
 
 def entries():
