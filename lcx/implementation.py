@@ -184,33 +184,36 @@ def _pallas(q, source: Source, q_pos, *, near: Near | None, scale, softcap) -> P
 def _split(q, k, v, q_pos, shared) -> Partial:
     """Few queries: the group's rows share a tile, and the tiles of keys are dealt to several blocks whose parts are merged.
 
-    The rows stand once for each block: [B,K,1, parts x 128, D], and row tile i has the i-th share of the list.
+    Each part stands for a query head of the kernel's, [B,K,parts,rows,D], with its share of the list: rows of a tile that are not meant
+    are neither read nor written.
     """
     from pallas_kernels.attend import attend as kernel
-    from pallas_kernels.lists import ROWS, SIZE, BlockList, from_mask
+    from pallas_kernels.lists import SIZE, BlockList, from_mask
 
     B, K, G, T, D = q.shape
     S = k.shape[-1]
     most = -(-S // SIZE)
     parts = min(most, max(1, BLOCKS // (B * K)))
-    rows, free = G * T, ROWS - G * T
-    folded = jnp.pad(q.reshape(B, K, 1, rows, D), ((0, 0),) * 3 + ((0, free), (0, 0)))
-    pos = jnp.pad(jnp.tile(q_pos, (1, G)), ((0, 0), (0, free)), constant_values=EMPTY)
-    listed = from_mask(shared["mask"], ROWS, S, q_pos=pos, kv_pos=shared["kv_pos"])
+    rows = G * T
+    folded = jnp.broadcast_to(q.reshape(B, K, 1, rows, D), (B, K, parts, rows, D))
+    pos = jnp.tile(q_pos, (1, G))
+    listed = from_mask(shared["mask"], rows, S, q_pos=pos, kv_pos=shared["kv_pos"])
     # the share follows what is held, so that a cache that is nearly empty still fills the device
     width = math.ceil(most / parts)
     share = -(-listed.count // parts)  # [b,r,1]
     first = share[..., None] * jnp.arange(parts)[:, None] + jnp.arange(width)[None]  # [b,r,parts,width]
     pick = jnp.minimum(first, most - 1)
-    index, flags = (
-        jnp.take_along_axis(jnp.broadcast_to(x, (*x.shape[:2], parts, x.shape[3])), pick, -1)
-        for x in (listed.index, listed.flags)
-    )
-    count = jnp.clip(listed.count - share * jnp.arange(parts), 0, share)
-    many = jnp.tile(folded, (1, 1, 1, parts, 1))
-    part = kernel(many, k, v, blocks=BlockList(index, count, flags), q_pos=jnp.tile(pos, (1, parts)), **shared)
-    out = part.out.reshape(B, K, parts, ROWS, D)[:, :, :, :rows].reshape(B, K, parts, G, T, D)
-    lse = part.lse.reshape(B, K, parts, ROWS)[..., :rows].reshape(B, K, parts, G, T)
+
+    def of_parts(x):
+        """[b,r,1,most] -> [b,K * parts,1,width]"""
+        x = jnp.take_along_axis(jnp.broadcast_to(x, (*x.shape[:2], parts, most)), pick, -1)
+        return jnp.broadcast_to(x, (x.shape[0], K, parts, width)).reshape(x.shape[0], K * parts, 1, width)
+
+    count = jnp.clip(listed.count - share * jnp.arange(parts), 0, share)  # [b,r,parts]
+    count = jnp.broadcast_to(count, (count.shape[0], K, parts)).reshape(count.shape[0], K * parts, 1)
+    blocks = BlockList(of_parts(listed.index), count, of_parts(listed.flags))
+    part = kernel(folded, k, v, blocks=blocks, q_pos=pos, **shared)
+    out, lse = part.out.reshape(B, K, parts, G, T, D), part.lse.reshape(B, K, parts, G, T)
     top = lse.max(2, keepdims=True)
     weight = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top))
     total = weight.sum(2)
