@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,8 @@ class Source:
       gather: `gather(idx [B,R,N]) -> k [B,R,D,N], v [B,R,N,D]`; slots by number.
       held: whether only a prefix is in use; then the walk ends at the last used slot and cannot be differentiated in reverse.
       plain: whether `tile(0, S)` is the stored arrays themselves, so that reading all of it at once makes no copy.
+      pages: the stored arrays as the decode kernel reads them, `payloads.Pages`, those of a row in the order of its tokens; None where
+        they lie otherwise.
     """
 
     pos: jax.Array
@@ -55,6 +57,7 @@ class Source:
     gather: Callable | None = None
     held: bool = True
     plain: bool = False
+    pages: Any = None
 
 
 class Bounds(NamedTuple):

@@ -105,7 +105,8 @@ class Store:
         cut = {}
         for name, leaf in self.leaves.items():
             cut[name] = lax.dynamic_slice_in_dim(slots.payload[name], start // leaf.per, size // leaf.per, leaf.axis)
-        return self.codec.decode(cut)
+        k, v = self.codec.decode(cut)
+        return k[:, :, : self.head_dim], v[..., : self.head_dim]
 
     def gather(self, slots: Slots, idx: jax.Array):
         """k [B,R,D,N], v [B,R,N,D] of the slots idx [B,R,N].  Only for codecs without pages."""

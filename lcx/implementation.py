@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lcx import scores
-from lcx.attention import EMPTY, Near, Partial, Source, merge
+from lcx.attention import EMPTY, Near, Partial, Source, merge, used_length
 from lcx.attention import attend as xla_attend
 from lcx.errors import UserError
 
@@ -154,8 +154,10 @@ def _no_pallas(q, source: Source, allow, near: Near | None, softcap) -> str | No
         return f"queries of {q.dtype}; the kernels take bfloat16 and float16"
     if D > 256:
         return f"head_dim={D}; the kernels take at most 256"
+    if source.pages is not None and allow is None and T * q.shape[2] <= DECODE_ROWS:
+        return None
     if not source.plain:
-        return "slots that are not keys and values in the model's own type are decoded by XLA"
+        return "slots that are not keys and values in the model's own type are decoded by XLA, but for decode over pages"
     if allow is not None and near is None:
         return "the mask is not a window with sinks, the only one that the kernels know"
     if -(-T // ROWS) * -(-source.pos.shape[-1] // SIZE) > MOST_LISTED:
@@ -164,7 +166,9 @@ def _no_pallas(q, source: Source, allow, near: Near | None, softcap) -> str | No
 
 
 def _pallas(q, source: Source, q_pos, *, near: Near | None, scale, softcap) -> Partial:
-    """The kernel over the tiles that positions and window leave."""
+    """The kernel over pages, or over the tiles that positions and window leave."""
+    if source.pages is not None:
+        return _paged(q, source, q_pos, scale=scale, softcap=softcap)
     from pallas_kernels.attend import attend as kernel
     from pallas_kernels.lists import from_mask
     from pallas_kernels.mask import Mask
@@ -179,6 +183,20 @@ def _pallas(q, source: Source, q_pos, *, near: Near | None, scale, softcap) -> P
         return _split(q, k, v, q_pos, shared)
     blocks = from_mask(mask, T, S, q_pos=q_pos, kv_pos=source.pos)
     return kernel(q, k, v, blocks=blocks, q_pos=q_pos, **shared)
+
+
+def _paged(q, source: Source, q_pos, *, scale, softcap) -> Partial:
+    """The decode kernel; what is held in pages comes before the queries, so that each of them sees all of it."""
+    from pallas_kernels.decode import decode
+
+    B, K, G, T, D = q.shape
+    n = source.pages.k.shape[0] // (B * K)
+    table = jnp.arange(B * K * n, dtype=jnp.int32).reshape(B, K, n)
+    length = jnp.broadcast_to(used_length(source.pos, axis=-1), (B, K))
+    out, lse = decode(q.reshape(B, K, G * T, 1, D), source.pages, table, length, scale=scale, softcap=softcap)
+    real = (q_pos != EMPTY)[:, None, None]
+    out, lse = out.reshape(q.shape), lse.reshape(q.shape[:-1])
+    return Partial(jnp.where(real[..., None], out, 0.0), jnp.where(real, lse, -jnp.inf))
 
 
 def _split(q, k, v, q_pos, shared) -> Partial:

@@ -117,7 +117,14 @@ def held_source(store: Store, slots: Slots, rotate=None, rope_pos=None) -> Sourc
             k = rotate(k, jnp.take_along_axis(jnp.broadcast_to(turn, (*idx.shape[:2], turn.shape[2])), idx, 2), -2)
         return k, v
 
-    return Source(pos=slots.pos, tile=tile, gather=gather, plain=store.plain and rotate is None)
+    as_stored = rotate is None
+    return Source(
+        pos=slots.pos,
+        tile=tile,
+        gather=gather,
+        plain=store.plain and as_stored,
+        pages=store.codec.pages(slots.payload) if as_stored else None,
+    )
 
 
 def _is_raw(recipe: Recipe, store: Store) -> bool:

@@ -127,8 +127,12 @@ class Codec:
         raise NotImplementedError
 
     def decode(self, payload):
-        """Payload of n slots -> k [B,R,D,n], v [B,R,n,D], in any float type."""
+        """Payload of n slots -> k [B,R,D,n], v [B,R,n,D], in any float type; channels behind those of the head are cut off."""
         raise NotImplementedError
+
+    def pages(self, payload):
+        """The payload as the decode kernel reads it, `pallas_kernels.payloads.Pages`, row by row; None where it lies otherwise."""
+        return None
 
     def check(self, head_dim: int) -> None:
         """Raise UserError when head_dim does not suit."""

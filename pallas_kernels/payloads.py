@@ -148,7 +148,7 @@ def pack_pages(k: jax.Array, v: jax.Array, payload: Payload, length=None) -> tup
     Channel h * 64 + r of V at token b * width + x lies in row r, where h * 64 / width + b = i * planes + j and w = i * width + x.
 
     Args:
-      k: [B,K,D,S], v: [B,K,S,D], D at most 256 (padded with zeros to 64, 128 or 256).
+      k: [B,K,D,S], v: [B,K,S,D], D at most 256 (padded to 64, 128 or 256).
       payload: how to write them.
       length: int32 [B] or [B,K], tokens in use; those behind it do not widen a channel's range.  None: S.
 
@@ -160,19 +160,41 @@ def pack_pages(k: jax.Array, v: jax.Array, payload: Payload, length=None) -> tup
         raise UserError(f"v of {v.shape}: allowed is {(B, K, S, D)}, from k of {k.shape}")
     if not 1 <= D <= max(HEAD_DIMS) or S < 1:
         raise UserError(f"k of {k.shape}: head_dim is 1 ... {max(HEAD_DIMS)} and there is at least 1 token")
-    head_dim = next(d for d in HEAD_DIMS if d >= D)
     n = -(-S // PAGE)
-    more = ((0, 0), (0, 0), (0, n * PAGE - S), (0, head_dim - D))
-    k, v = (jnp.pad(x.astype(jnp.float32), more) for x in (k.swapaxes(2, 3), v))
-    k, v = (rearrange(x, "B K (n t) D -> (B K n) t D", t=PAGE) for x in (k, v))
+    more = ((0, 0), (0, 0), (0, n * PAGE - S), (0, 0))
+    k, v = (rearrange(jnp.pad(x, more), "B K (n t) D -> (B K n) t D", t=PAGE) for x in (k.swapaxes(2, 3), v))
     tokens = jnp.asarray(S if length is None else length)
     length = jnp.broadcast_to(tokens if tokens.ndim == 2 else tokens.reshape(-1, 1), (B, K))
     valid = jnp.arange(n * PAGE) < length[..., None]
-    valid = rearrange(valid, "B K (n t) -> (B K n) t 1", t=PAGE)
     table = jnp.arange(B * K * n, dtype=jnp.int32).reshape(B, K, n)
+    return write_pages(k, v, rearrange(valid, "B K (n t) -> (B K n) t", t=PAGE), payload), table
+
+
+def stored_head_dim(head_dim: int) -> int:
+    """Channels of a page that holds heads of `head_dim`: the next of HEAD_DIMS.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not 1 <= head_dim <= max(HEAD_DIMS):
+        raise UserError(f"head_dim={head_dim}: pages hold 1 ... {max(HEAD_DIMS)} channels")
+    return next(d for d in HEAD_DIMS if d >= head_dim)
+
+
+def write_pages(k: jax.Array, v: jax.Array, valid: jax.Array, payload: Payload) -> Pages:
+    """Pages from k, v [M,64,D], any float type and D at most 256, and `valid` bool [M,64], places that hold a token.
+
+    Scales and zero points are clipped to float16's range.  What lies in channels from D on means nothing.
+    """
+    D = k.shape[2]
+    head_dim = stored_head_dim(D)
+    k, v = (jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 0), (0, head_dim - D))) for x in (k, v))
+    # channels that only fill up the page must not widen a token's range
+    valid = valid[..., None] & (jnp.arange(head_dim) < D)
+    k, v = (jnp.where(valid, x, 0.0) for x in (k, v))
     if payload.exact:
         k, v = (x.astype(FLOATS[payload.kind]) for x in (k, v))
-        return Pages(k, v.swapaxes(1, 2), None, payload), table
+        return Pages(k, v.swapaxes(1, 2), None, payload)
 
     k, k_scale, k_zero = _encode(k, valid, 1 if payload.by == "channel" else 2, payload)
     v, v_scale, v_zero = _encode(v, valid, 2, payload)
@@ -180,12 +202,36 @@ def pack_pages(k: jax.Array, v: jax.Array, payload: Payload, length=None) -> tup
     rows = [rearrange(jnp.asarray(scales[name]), "M ... -> M (...)") for name in payload.rows(head_dim)]
     scales = rearrange(jnp.concatenate(rows, 1), "M (row x) -> M row x", x=64)
     if not payload.codes:
-        return Pages(k, v.swapaxes(1, 2), scales, payload), table
-    width, planes = payload.width(head_dim), 16 // payload.bits
-    k = rearrange(k, "M t (i j x) -> M t i j x", j=planes, x=width)
+        return Pages(k, v.swapaxes(1, 2), scales, payload)
+    width, count = payload.width(head_dim), 16 // payload.bits
+    k = rearrange(k, "M t (i j x) -> M t i j x", j=count, x=width)
     v = rearrange(v, "M (b x) (h r) -> M r (h b) x", x=width, r=64)
-    v = rearrange(v, "M r (i j) x -> M r i j x", j=planes)
-    return Pages(_words(k, payload.bits), _words(v, payload.bits), scales, payload), table
+    v = rearrange(v, "M r (i j) x -> M r i j x", j=count)
+    return Pages(_words(k, payload.bits), _words(v, payload.bits), scales, payload)
+
+
+def read_pages(pages: Pages) -> tuple[jax.Array, jax.Array]:
+    """k, v float32 [M,64,D] of whole pages, by XLA; what holds no token is anything."""
+    payload, head_dim = pages.payload, pages.head_dim
+    if payload.codes:
+        width = payload.width(head_dim)
+        k = rearrange(_codes(pages.k, payload.bits, width), "M t i j x -> M t (i j x)")
+        v = rearrange(_codes(pages.v, payload.bits, width), "M r i j x -> M r (i j) x")
+        v = rearrange(v, "M r (h b) x -> M (b x) (h r)", h=head_dim // 64)
+    else:
+        k, v = pages.k, pages.v.swapaxes(1, 2)
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+    if payload.exact:
+        return k, v
+    rows = payload.rows(head_dim)
+
+    def line(name):
+        values = pages.scales[:, rows[name].start : rows[name].stop].astype(jnp.float32)
+        by_channel = name[0] == "k" and payload.by == "channel"
+        return rearrange(values, "M row x -> M 1 (row x)" if by_channel else "M 1 x -> M x 1")
+
+    k, v = k * line("k_scale"), v * line("v_scale")
+    return (k + line("k_zero"), v + line("v_zero")) if payload.codes else (k, v)
 
 
 def _encode(x, valid, axis: int, payload: Payload):
@@ -193,14 +239,16 @@ def _encode(x, valid, axis: int, payload: Payload):
     low = jnp.min(jnp.where(valid, x, jnp.inf), axis, keepdims=True)
     high = jnp.max(jnp.where(valid, x, -jnp.inf), axis, keepdims=True)
     # what holds no token has no range
-    low, high = (jnp.where(jnp.isfinite(y), y, 0.0) for y in (low, high))
+    low, high = (jnp.where(jnp.any(valid, axis, keepdims=True), y, 0.0) for y in (low, high))
+    top = float(jnp.finfo(jnp.float16).max)
+    zero = jnp.clip(low, -top, top).astype(jnp.float16)
+    most = 2**payload.bits - 1
+    # from the zero point as it is stored, so that its rounding is not added to every code
+    step = (high - zero.astype(jnp.float32)) / most if payload.codes else jnp.maximum(-low, high) / FP8_MAX
+    scale = jnp.clip(step, 2.0**-14, top).astype(jnp.float16)
     if not payload.codes:
-        scale = jnp.maximum(jnp.maximum(-low, high) / FP8_MAX, 2.0**-14).astype(jnp.float16)
         code = jnp.clip(x / scale.astype(jnp.float32), -FP8_MAX, FP8_MAX)
         return code.astype(FLOATS["fp8"]), scale, None
-    most = 2**payload.bits - 1
-    zero = low.astype(jnp.float16)
-    scale = jnp.maximum((high - zero.astype(jnp.float32)) / most, 2.0**-14).astype(jnp.float16)
     code = jnp.round((x - zero.astype(jnp.float32)) / scale.astype(jnp.float32))
     return jnp.clip(jnp.where(valid, code, 0), 0, most).astype(jnp.int32), scale, zero
 
@@ -210,6 +258,13 @@ def _words(codes, bits: int):
     shifts = bits * jnp.arange(16 // bits, dtype=jnp.int32)[:, None]
     words = jnp.sum(codes << shifts, -2, dtype=jnp.int32)
     return rearrange(words, "... i x -> ... (i x)").astype(jnp.uint16).astype(jnp.int16)
+
+
+def _codes(words, bits: int, width: int):
+    """int32 [..., i, j, x], the inverse of `_words`."""
+    words = rearrange(words.astype(jnp.int32), "... (i x) -> ... i 1 x", x=width)
+    shifts = bits * jnp.arange(16 // bits, dtype=jnp.int32)[:, None]
+    return (words >> shifts) & (2**bits - 1)
 
 
 def planes(words, bits: int):

@@ -140,6 +140,7 @@ CASES = {
     "int4": Case(limit=lambda n: codec(Exact())),
     "kivi2": Case(limit=lambda n: codec(Exact()), small=KIVI_SMALL),
     "kivi4": Case(limit=NO_PAGES, small=KIVI_SMALL),
+    "int4_pages": Case(limit=NO_PAGES, small=NO_PAGES(16), prompt=150),  # pages of 64 tokens
     "duo_int4": Case(
         limit=lambda n: both(codec(Exact()), WIDE(n)),
         small=fields(segments__1__policy__sink=2, segments__1__policy__window=7),

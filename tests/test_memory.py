@@ -15,6 +15,7 @@ from lcx.cache import shape_bytes
 from lcx.codecs.exact import Cast
 from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import chain
+from lcx.codecs.paged import chain as paged_chain
 from lcx.config import ModelConfig, param_shapes
 from lcx.errors import UserError
 from lcx.implementation import PREFER_PALLAS, resolve
@@ -42,6 +43,8 @@ def recipes(exact):
         "int8": Recipe((Segment(codec=Int(8)),)),
         "int4": Recipe((Segment(codec=Int(4)),)),
         "kivi2": Recipe((chain(2),)),
+        "int4_pages": Recipe((paged_chain("int4"),)),
+        "duo_int4_pages": Recipe((paged_chain("int4", "token", heads="retrieval"), duo(codec=Int(4))[1])),
         "duo_int4": Recipe(duo(codec=Int(4))),
         "sink_window": Recipe((Segment(policy=SinkWindow(4, TOKENS - 4), **plain),)),
         "h2o": Recipe((Segment(policy=H2O(TOKENS), **plain),)),
