@@ -277,15 +277,16 @@ def attention(ctx: Ctx, recipe: Recipe, cache: dict[str, Any] | None, heads: dic
     out = outs[0] if rows[0] is None else _unsplit(outs, rows)
     if cache is None:
         return out, None
-    # XLA:CPU copies a donated cache that is written before it knows that reading is over
-    out, cache = lax.optimization_barrier((out, cache))
-    for seen, chain, stores, turned in pending:
+    # XLA:CPU copies a donated cache that is written before it knows that reading is over.  What is written has arrays of its own, or the
+    # joint projection of queries, keys and values, three times as large, would live until then
+    own = [(seen.k_raw if _is_raw(recipe, stores[0]) else seen.k, seen.v) for seen, _, stores, _ in pending]
+    out, cache, own = lax.optimization_barrier((out, cache, own))
+    for (seen, chain, stores, turned), (k, v) in zip(pending, own, strict=True):
         held = []
         for s, store, rope_pos in zip(chain, stores, turned, strict=True):
             raw = seen.rotate if _is_raw(recipe, store) else None
             held.append(Held(cache[s.name], held_source(store, cache[s.name], raw, rope_pos), store))
-        raw = _is_raw(recipe, stores[0])
-        new = Tokens(seen.k_raw if raw else seen.k, seen.v, seen.pos[:, None])
+        new = Tokens(k, v, seen.pos[:, None])
         new_cache |= _write_chain(seen, recipe, chain, stores, held, new)
     if "probe" in cache:
         new_cache["probe"] = update_probe(cache["probe"], ctx.q, ctx.pos)

@@ -60,7 +60,8 @@ def decode(
         the pages once for each part.
       pages: the pool; see `payloads.Pages`.
       table: int32 [B,K,n], pages of each KV head in the order of its tokens.
-      length: int32 [B] or [B,K], tokens of each row, at most 64 * n; longer ones count as 64 * n.
+      length: int32 [B] or [B,K], tokens of each row, at most 64 * n; longer ones count as 64 * n.  One for all rows ([1]) needs fewer
+        small programs around the kernel.
       scale: factor on the logits, positive.
       softcap: logits become softcap * tanh(logits / softcap).
       splits: pieces of each row; None: as many as fill the GPU, long rows more.
@@ -76,24 +77,24 @@ def decode(
     B, K, G, T, D = q.shape
     if q.size == 0 or table.size == 0:
         return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
-    length = jnp.broadcast_to(length if length.ndim == 2 else length[:, None], (B, K))
     # a part of the group reads the pages by itself where all of it has more rows than fit the registers
     about = pages.payload.kind, pages.head_dim
     parts = next(p for p in range(1, G + 1) if G % p == 0 and G // p * T <= decode_rows(*about))
     if parts > 1:
-        table, length = (jnp.repeat(x, parts, 1) for x in (table, length))
+        table, length = (jnp.repeat(x, parts, 1) if x.ndim > 1 else x for x in (table, length))
         q = q.reshape(B, K * parts, G // parts, T, D)
         out, lse = decode(q, pages, table, length, scale=scale, softcap=softcap, splits=splits, tile=tile)
         return Partial(out.reshape(B, K, G, T, D), lse.reshape(B, K, G, T))
     R, n, N = B * K, table.shape[2], -(-G * T // 8) * 8
     tile = tile or decode_tile(*about, N)
-    length = length.reshape(R)
     length = jnp.clip(length, 0, n * PAGE).astype(jnp.int32)
+    if length.ndim == 2 or B > 1:
+        length = jnp.broadcast_to(length if length.ndim == 2 else length[:, None], (B, K)).reshape(R)
     rows = q.reshape(R, G * T, D).astype(pages.payload.dtype)
     rows = jnp.pad(rows, ((0, 0), (0, N - G * T), (0, pages.head_dim - D)))
-    plan = plan_pieces(length, n, splits, tile)
-    out, lse = _call(rows, pages, table.reshape(R, n), length, plan, scale, softcap, T, tile)
-    out, lse = merge_pieces(out, lse, plan)
+    plan = plan_pieces(length, R, n, splits, tile)
+    out, lse = _call(rows, pages, table.reshape(R, n), plan, scale, softcap, T, tile)
+    out, lse = merge_pieces(out, lse, plan, R)
     out = rearrange(out[:, :D, : G * T], "(B K) D (G T) -> B K G T D", K=K, T=T)
     return Partial(out, rearrange(lse[:, : G * T], "(B K) (G T) -> B K G T", K=K, T=T))
 
@@ -124,7 +125,7 @@ def _operand(columns: int):
     return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
 
 
-def _call(q, pages: Pages, table, length, plan: Plan, scale, softcap, T, tile: DecodeTile):
+def _call(q, pages: Pages, table, plan: Plan, scale, softcap, T, tile: DecodeTile):
     """The kernel: q [R,N,D] -> (out float32 [I,W,D,N], lse float32 [I,W,N]) of each piece and consumer."""
     _, N, D = q.shape
     payload, I = pages.payload, plan.piece.shape[1]  # noqa: E741
@@ -143,7 +144,7 @@ def _call(q, pages: Pages, table, length, plan: Plan, scale, softcap, T, tile: D
         """One value a query, over 64 rows."""
         return rows_of(x, (64, N), 1)
 
-    def body(q_ref, k_ref, v_ref, scales_ref, table_ref, length_ref, piece_ref, out_ref, lse_ref, *scratch):
+    def body(q_ref, k_ref, v_ref, scales_ref, table_ref, piece_ref, out_ref, lse_ref, *scratch):
         q_smem, k_smem, v_smem, scales_smem, b_smem, p_smem, out_smem, lse_smem, q_ready, ready, free = scratch
         wg, i = lax.axis_index("wg"), lax.axis_index("piece")
         row, first, stop = piece_ref[0, i], piece_ref[1, i], piece_ref[2, i]
@@ -187,7 +188,7 @@ def _call(q, pages: Pages, table, length, plan: Plan, scale, softcap, T, tile: D
         def _():
             plgpu.set_max_registers(tile.registers, action="increase")
             plgpu.barrier_wait(q_ready)
-            tokens = length_ref[row]
+            tokens = piece_ref[3, i]
             q_sum = None
             if rows and not folded:
                 q_sum = plgpu.load(q_smem.T, layout=plgpu.Layout.WGMMA).astype(jnp.float32).sum(axis=0)
@@ -349,7 +350,7 @@ def _call(q, pages: Pages, table, length, plan: Plan, scale, softcap, T, tile: D
             plgpu.Barrier(num_barriers=stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, pages.k, pages.v, pages.scales, table, length, plan.piece)
+    )(q, pages.k, pages.v, pages.scales, table, plan.piece)
 
 
 def _stored(payload: Payload, head_dim: int):

@@ -14,6 +14,7 @@ from experiments.gpu.decode import abstract_pages
 from lcx.errors import UserError
 from pallas_kernels.decode import decode
 from pallas_kernels.payloads import Pages, Payload, pack_pages, page_bytes
+from pallas_kernels.pieces import Plan, merge_pieces, plan_pieces
 from pallas_kernels.tables import DECODE, DecodeTile
 
 PAYLOADS = [
@@ -194,6 +195,57 @@ def test_several_pieces_are_one():
     np.testing.assert_allclose(one.lse, many.lse, atol=1e-4)
     k, v = dequantised(pages)
     close(many, *reference(q, k, v, np.asarray(table), np.asarray(length), 0.1, 5.0))
+
+
+@pytest.mark.parametrize("splits", [None, 1, 3])
+@pytest.mark.parametrize(
+    "n, lengths", [(1, [64]), (9, [576, 0, 1, 64, 65]), (300, [19_200, 3]), (40, [2_560] * 200), (7, [0, 0])]
+)
+def test_pieces_hold_every_page_once(n, lengths, splits):
+    """Pieces of unequal rows, and of rows of one length, which are planned without a reduction."""
+    R = len(lengths)
+    for tile in (SMALL, DecodeTile(pages=2, stages=2)):
+        for length in (lengths, lengths[:1]):
+            plan = plan_pieces(jnp.asarray(length, jnp.int32), R, n, splits, tile)
+            row, first, stop, tokens = np.asarray(plan.piece)
+            wide = np.asarray(length * R if len(length) == 1 else length)
+            np.testing.assert_array_equal(tokens, wide[row])
+            assert splits is not None or len(row) <= max(132 * tile.per_core, R)
+            for r in range(R):
+                if plan.index is None:
+                    mine = np.flatnonzero(row == r)
+                    np.testing.assert_array_equal(mine, r * len(mine) + np.arange(len(mine)))
+                else:
+                    mine = np.asarray(plan.index)[r][np.asarray(plan.listed)[r]]
+                    assert (row[mine] == r).all()
+                pages = np.concatenate([np.arange(first[i], stop[i]) for i in mine] or [[]])
+                np.testing.assert_array_equal(pages, np.arange(-(-wide[r] // 64)))
+                assert all(first[i] % tile.pages == 0 or first[i] == stop[i] for i in mine)
+
+
+def test_pieces_are_merged_as_in_float64():
+    """A row without keys, pieces without keys, and pieces of other rows that are nan."""
+    rng = np.random.default_rng(0)
+    I, W, D, N = 6, 2, 16, 8
+    out, lse = rng.normal(size=(I, W, D, N)), 30 * rng.normal(size=(I, W, N))
+    lse[1], lse[4:] = -np.inf, -np.inf
+    out[1], out[4:] = 0, 0
+    listed = Plan(None, jnp.asarray([[0, 1, 2], [4, 5, 3]]), jnp.asarray([[True, True, True], [True, True, False]]))
+    for plan, rows, hidden in ((listed, [[0, 1, 2], [4, 5]], [3]), (Plan(None), [[0, 1, 2], [3, 4, 5]], [])):
+        dirty = out.copy()
+        dirty[hidden] = np.nan
+        got = merge_pieces(jnp.asarray(dirty, jnp.float32), jnp.asarray(lse, jnp.float32), plan, 2)
+        for r, mine in enumerate(rows):
+            part, weight = out[mine].reshape(-1, D, N), lse[mine].reshape(-1, N)
+            top = weight.max(0)
+            weight = np.exp(weight - np.where(np.isneginf(top), 0, top))
+            total = weight.sum(0)
+            want = (part * weight[:, None]).sum(0) / np.where(total, total, 1)
+            np.testing.assert_allclose(got[0][r], want, atol=1e-5)
+            if total.all():
+                np.testing.assert_allclose(got[1][r], top + np.log(total), rtol=1e-6)
+            else:
+                assert np.isneginf(got[1][r]).all()
 
 
 def test_bytes_of_pages_are_those_of_their_arrays():
