@@ -94,9 +94,10 @@ def decode(
     rows = jnp.pad(rows, ((0, 0), (0, N - G * T), (0, pages.head_dim - D)))
     plan = plan_pieces(length, R, n, splits, tile)
     out, lse = _call(rows, pages, table.reshape(R, n), plan, scale, softcap, T, tile)
-    out, lse = merge_pieces(out, lse, plan, R)
-    out = rearrange(out[:, :D, : G * T], "(B K) D (G T) -> B K G T D", K=K, T=T)
-    return Partial(out, rearrange(lse[:, : G * T], "(B K) (G T) -> B K G T", K=K, T=T))
+    # cut before they are merged: another program would cut the result
+    out, lse = merge_pieces(out[:, :, :D, : G * T], lse[:, :, : G * T], plan, R)
+    out = rearrange(out, "(B K) D (G T) -> B K G T D", K=K, T=T)
+    return Partial(out, rearrange(lse, "(B K) (G T) -> B K G T", K=K, T=T))
 
 
 def _check(q, pages, table, length, scale, softcap, splits):

@@ -221,12 +221,12 @@ def read_pages(pages: Pages) -> tuple[jax.Array, jax.Array]:
     else:
         k, v = pages.k, pages.v.swapaxes(1, 2)
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-    if payload.exact:
+    if pages.scales is None:
         return k, v
-    rows = payload.rows(head_dim)
+    rows, scales = payload.rows(head_dim), pages.scales.astype(jnp.float32)
 
     def line(name):
-        values = pages.scales[:, rows[name].start : rows[name].stop].astype(jnp.float32)
+        values = scales[:, rows[name].start : rows[name].stop]
         by_channel = name[0] == "k" and payload.by == "channel"
         return rearrange(values, "M row x -> M 1 (row x)" if by_channel else "M 1 x -> M x 1")
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.payloads import PAGE
 from pallas_kernels.tables import DecodeTile
@@ -79,23 +78,19 @@ def _pieces(row, i, size, steps, length, tile: DecodeTile):
 
 def merge_pieces(out: jax.Array, lse: jax.Array, plan: Plan, R: int):
     """Exact union of pieces: out [I,W,D,N], lse [I,W,N] -> out [R,D,N], lse [R,N].  W: the consumers of a block."""
-    if plan.index is not None:
-        # a piece of another row may be nan and must not come in with weight 0
-        lse = jnp.where(plan.listed[..., None, None], lse[plan.index], -jnp.inf)
-        out = jnp.where(plan.listed[..., None, None, None], out[plan.index], 0.0)
-    out = out.reshape(R, -1, *out.shape[-2:])
-    lse = jnp.broadcast_to(lse.reshape(R, -1, 1, lse.shape[-1]), out.shape)
 
-    def join(a, b):
-        (m_a, l_a, acc_a), (m_b, l_b, acc_b) = a, b
-        m = jnp.maximum(m_a, m_b)
-        safe = jnp.where(jnp.isneginf(m), 0.0, m)
-        w_a, w_b = jnp.exp(m_a - safe), jnp.exp(m_b - safe)
-        return m, l_a * w_a + l_b * w_b, acc_a * w_a + acc_b * w_b
+    def of_rows(x, hidden):
+        """[R,X,W,...]; a piece of another row may be nan and must not come in with weight 0."""
+        if plan.index is None or plan.listed is None:
+            return x.reshape(R, -1, *x.shape[1:])
+        listed = plan.listed.reshape(*plan.listed.shape, *(1,) * (x.ndim - 1))
+        return jnp.where(listed, x[plan.index], hidden)
 
-    # one reduction of maximum, sum and values together: three of them were three programs
-    parts = (lse, jnp.where(jnp.isneginf(lse), 0.0, 1.0), out)
-    m, l, acc = lax.reduce(parts, (-jnp.inf, 0.0, 0.0), join, (1,))
-    some = l != 0
-    lse = jnp.where(some, m + jnp.log(l), -jnp.inf)
-    return acc / jnp.where(some, l, 1.0), lse[:, 0]
+    lse, out = of_rows(lse, -jnp.inf), of_rows(out, 0.0)
+    top = jnp.max(lse, (1, 2))
+    safe = jnp.where(jnp.isneginf(top), 0.0, top)
+    weight = jnp.exp(lse - safe[:, None, None])
+    total = jnp.sum(weight, (1, 2))
+    share = weight / jnp.where(total == 0, 1.0, total)[:, None, None]
+    out = jnp.sum(share[:, :, :, None] * out, (1, 2))
+    return out, jnp.where(total == 0, -jnp.inf, safe + jnp.log(total))

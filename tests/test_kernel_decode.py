@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot_support import compile_kernel
+from aot_support import compile_kernel, require_compiler
 from interpret_support import interpreted
 
 from experiments.gpu.decode import abstract_pages
 from lcx.errors import UserError
+from lcx.measure.gpu_targets import TARGETS, compile_for
 from pallas_kernels.decode import decode
 from pallas_kernels.payloads import Pages, Payload, pack_pages, page_bytes
 from pallas_kernels.pieces import Plan, merge_pieces, plan_pieces
@@ -298,3 +299,15 @@ def test_every_table_entry_compiles_for_the_h200(kind, head_dim, by, G, T):
     pages = abstract_pages(Payload(kind, by), head_dim, 64)
     args = shape((1, 8, G, T, head_dim), jnp.bfloat16), pages, shape((1, 8, 2_048), jnp.int32), shape((1,), jnp.int32)
     compile_kernel(lambda q, pages, table, length: decode(q, pages, table, length, scale=0.1), *args).check()
+
+
+def test_few_small_programs_stand_around_the_kernel():
+    """Each costs about 2 microseconds, and the whole of an int2 layer at 131,072 tokens is to take 35."""
+    require_compiler()
+    shape = jax.ShapeDtypeStruct
+    pages = abstract_pages(Payload("int2"), 128, 64)
+    args = shape((1, 8, 4, 1, 128), jnp.bfloat16), pages, shape((1, 8, 2_048), jnp.int32), shape((1,), jnp.int32)
+    compiled = compile_for(TARGETS["h200"], jax.jit(lambda q, *held: decode(q, *held, scale=0.1)), args)
+    main = compiled.as_text().split("ENTRY")[1]
+    assert main.count(" custom-call(") == 1
+    assert main.count(" fusion(") + main.count(" reduce(") <= 6

@@ -116,7 +116,7 @@ def cache_bytes(recipe, phase, dtype):
     return shape_bytes(jax.eval_shape(make))
 
 
-DEFAULT = ("dense", "duo_int4")
+DEFAULT = ("dense", "duo_int4_pages")
 NAMES = [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in recipes(None)]
 
 
@@ -133,15 +133,13 @@ def test_a_chunk_on_an_h200_needs_little_beside_the_cache(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("phase,tokens", [("decode", 1), ("prefill", CHUNK)])
 def test_the_kernels_need_no_more_than_xla(name, phase, tokens):
-    """But for the parts of a split decode step, 132 tiles of 128 rows of out and q, and for what H2O's second pass reads again."""
+    """But for half a MiB in decode: parts of a split step, lists, and this step's own token padded to a tile."""
     plans = [
         block_memory(recipes(None)[name], phase, tokens, jnp.bfloat16, h200(), implementation)
         for implementation in ("xla", PREFER_PALLAS)
     ]
     assert plans[0].argument_size_in_bytes == plans[1].argument_size_in_bytes
-    parts = 132 * 128 * LLAMA3_8B.head_dim * (4 + 2)
-    more = {"h2o": 24 * 2**20}.get(name, 0)
-    assert plans[1].temp_size_in_bytes <= plans[0].temp_size_in_bytes + (parts if phase == "decode" else more)
+    assert plans[1].temp_size_in_bytes <= plans[0].temp_size_in_bytes + (2**19 if phase == "decode" else 0)
 
 
 @pytest.mark.parametrize("name", NAMES)

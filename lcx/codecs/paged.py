@@ -77,7 +77,8 @@ class Paged(Codec):
         return k, rearrange(v, "(B R n) t D -> B R (n t) D", B=B, R=R)
 
     def pages(self, payload):
-        return Pages(*(rearrange(payload[n], "B R n ... -> (B R n) ...") for n in ("k", "v", "scales")), self.payload)
+        k, v, scales = (rearrange(payload[n], "B R n ... -> (B R n) ...") for n in ("k", "v", "scales"))
+        return Pages(k, v, scales, self.payload)
 
 
 def chain(
