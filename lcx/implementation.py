@@ -114,6 +114,18 @@ def attend(
     return merged._replace(out=merged.out.astype(jnp.float32))
 
 
+def check_visits(implementation: str, visits: str) -> None:
+    """Page lists, `Pattern.visits`, are attended by XLA.
+
+    Raises:
+      UserError: the implementation that was named would not do what is asked: "pallas" nothing of it, "cudnn" the step's own tokens.
+    """
+    if implementation == "pallas" or (implementation == "cudnn" and visits == "own"):
+        raise UserError(
+            f"implementation={implementation!r}: the pattern lists pages of {visits} keys, which XLA alone attends; leave it out"
+        )
+
+
 def score_minmax(q, low, high, *, implementation: str = "xla") -> jax.Array:
     """`lcx.scores.score_minmax` by an implementation, with cuDNN by XLA.
 

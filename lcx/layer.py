@@ -16,7 +16,7 @@ from jax import lax
 
 from lcx.attention import EMPTY, Near, Partial, Source, attend_visits, merge, tokens_source
 from lcx.cache import Edit, Held, Slots, Store, Tokens
-from lcx.implementation import attend
+from lcx.implementation import attend, check_visits
 from lcx.recipe import Chain, Pattern, Recipe
 
 
@@ -187,6 +187,8 @@ def _chain_attention(ctx: Ctx, recipe: Recipe, chain: Chain, stores, cache) -> t
             every &= bounds.q_hi - bounds.kv_lo < ctx.window
         return some, every
 
+    if pattern.visits:
+        check_visits(ctx.implementation, pattern.visits)
     settings = {"scale": ctx.scale, "allow": ctx.allow, "softcap": ctx.softcap}
     held, parts, sources = [], [], []
     for s, store in zip(chain, stores, strict=True):

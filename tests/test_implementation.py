@@ -1,14 +1,21 @@
 """Attention through the kernels is attention through XLA: whatever a source holds, and what cannot be honoured is refused."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from interpret_support import interpreted
+from test_model import LLAMA, weights_of
 
 from lcx.attention import EMPTY, Near, Source, tokens_source
 from lcx.errors import UserError
-from lcx.implementation import PREFER_PALLAS, attend, resolve, score_minmax, score_probe
+from lcx.implementation import PREFER_PALLAS, attend, check_visits, resolve, score_minmax, score_probe
+from lcx.model import Layers, Model
+from lcx.patterns.minference import MInference
+from lcx.recipe import Recipe
+from lcx.session import Session
 
 B, K, D = 2, 2, 64
 SCALE = D**-0.5
@@ -118,6 +125,20 @@ def test_scores_of_patterns_go_through_the_kernels(implementation):
                 run(*wide)
         else:
             jax.tree.map(np.testing.assert_array_equal, run(*wide), score(*wide, **asked))
+
+
+def test_page_lists_are_refused_where_another_implementation_is_named():
+    config = replace(LLAMA, num_layers=1)
+    session = Session(Layers.of(Model(config, weights_of(config))), Recipe(pattern=MInference(4, 4)), 9, 1)
+    for name in ("pallas", "cudnn"):
+        session.implementation = name
+        with pytest.raises(UserError, match=f"implementation='{name}': the pattern lists pages of own keys"):
+            session.prefill(np.arange(9))
+    with pytest.raises(UserError, match="implementation='pallas': the pattern lists pages of held keys"):
+        check_visits("pallas", "held")
+    # what is held is XLA's with cuDNN in any case
+    for name, visits in (("cudnn", "held"), ("xla", "own"), (PREFER_PALLAS, "own"), (PREFER_PALLAS, "held")):
+        check_visits(name, visits)
 
 
 def test_a_device_that_is_not_hopper_gets_xla():
