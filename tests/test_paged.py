@@ -10,11 +10,15 @@ from test_kernel_decode import PAYLOADS, dequantised
 from lcx.attention import EMPTY
 from lcx.cache import Edit, Store, Tokens
 from lcx.codecs.paged import Paged, chain
+from lcx.config import ModelConfig
 from lcx.errors import UserError
 from lcx.implementation import PREFER_PALLAS, attend
 from lcx.layer import held_source
+from lcx.model import Layers, Model, block_program, random_weights
+from lcx.policies.duo import duo, split_by_score
 from lcx.policies.keep import Flush, KeepAll
 from lcx.recipe import Recipe, Segment
+from lcx.session import Session
 from pallas_kernels.payloads import FLOATS, pack_pages, page_bytes, read_pages
 
 CODECS = [Paged(p.kind, p.by) for p in PAYLOADS if not p.exact]
@@ -170,6 +174,24 @@ def test_a_decode_step_reads_the_pages(codec, head_dim, T, implementation):
         want = p @ values[b, r, : used[b]] / p.sum(-1, keepdims=True)
         assert np.abs(got.out[b, r, :, t] - want).max() <= 1e-2 * np.abs(want).max()
         np.testing.assert_allclose(got.lse[b, r, :, t], np.log(p.sum(-1)) + top[:, 0], atol=2e-3)
+
+
+@pytest.mark.timeout(300)
+def test_a_layer_of_a_session_decodes_through_the_kernels():
+    """Retrieval heads in pages beside streaming heads: every source of the step goes through a kernel, and the cache is written alike."""
+    config = ModelConfig("paged", 1, 64, 4, 2, 64, 64, 97, 512)
+    weights = {n: x.astype(jnp.bfloat16) for n, x in random_weights(config, seed=0).items()}
+    recipe = Recipe((chain("int4", "token", residual=8, heads="retrieval"), duo(4, 20)[1]))
+    session = Session(Layers.of(Model(config, weights)), recipe, 150, 4, aux=split_by_score([[1, 0]], 0.5))
+    session.prefill(np.random.default_rng(0).integers(0, 97, 150))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, 64)), jnp.bfloat16)
+    args, static = session.block_call("decode", 0, x, jnp.full((1, 1), 150, jnp.int32), session.cache[0])
+    assert int((session.cache[0]["pages"].pos != EMPTY).sum()) == 128
+    run = {name: static | {"implementation": name} for name in ("xla", "pallas")}
+    want = jax.jit(lambda *a: block_program(*a, **run["xla"]))(*args)
+    got = interpreted(lambda *a: block_program(*a, **run["pallas"]))(*args)
+    np.testing.assert_allclose(np.float32(got[0]), np.float32(want[0]), atol=0.02 * np.abs(np.float32(want[0])).max())
+    jax.tree.map(np.testing.assert_array_equal, got[1], want[1])
 
 
 def test_what_the_kernel_does_not_serve_is_left_to_xla_or_refused():
