@@ -32,7 +32,7 @@ from lcx.errors import UserError
 from lcx.scores import BLOCK, STRIDES, check_antidiagonal, check_minmax, check_pooled
 from pallas_kernels.inputs import pad
 from pallas_kernels.lists import ROWS
-from pallas_kernels.registers import HALF, HIDDEN, LOG2E, PRODUCER, SWIZZLED, empty, line_buffer, write_rows
+from pallas_kernels.registers import HALF, HIDDEN, LINE, LOG2E, PRODUCER, SWIZZLED, empty, line_buffer, write_rows
 from pallas_kernels.tables import SCORE, ScoreTile
 
 SLICE = 64  # channels of a step of the ring
@@ -58,7 +58,8 @@ def score_pooled(
     # the number of columns that the rows of a tile see: those that begin at its last position or before
     ends = first[:, None] + jnp.minimum((jnp.arange(-(-Q // ROWS)) + 1) * ROWS, Q) * rows
     limit = jnp.minimum((ends - 1) // size + 1, N) if causal else jnp.full_like(ends, N)
-    out, _ = _products(q.reshape(B * K * G, Q, D), [k.reshape(B * K, D, N)], limit, scale, tile or _tile(D))
+    a = pad(q.reshape(B * K * G, Q, D), 2, SLICE)
+    out, _ = _products(a, [k.reshape(B * K, D, N)], limit, scale, tile or _tile(D))
     out = out.reshape(B, K, G, Q, N)
     if not causal:
         return out
@@ -180,7 +181,9 @@ def _products(a, bs, limit, scale: float, tile: ScoreTile, *, group: int | None 
 
     float32 = jnp.float32
     blocks = -(-N // group) if group else N
-    made = [jax.ShapeDtypeStruct((Z, a.shape[1], -(-blocks // 4) * 4), float32)]
+    # rows leave in lines of 32 numbers, or (sums) untiled in multiples of 16 bytes
+    line = 4 if group else LINE // 4
+    made = [jax.ShapeDtypeStruct((Z, a.shape[1], -(-blocks // line) * line), float32)]
     if group:
         made.append(jax.ShapeDtypeStruct((Z, tiles, row_tiles * ROWS), float32))
 
