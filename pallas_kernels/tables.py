@@ -101,7 +101,7 @@ DECODE = {
     ("int8", 256): (DecodeTile(pages=1, stages=4), DecodeTile(pages=1, stages=4), None),
     ("int4", 64): (DecodeTile(pages=2, stages=6), DecodeTile(pages=2, stages=6), DecodeTile(pages=1, stages=6)),
     ("int4", 128): (DecodeTile(pages=4, stages=4), DecodeTile(pages=2, stages=6), DecodeTile(pages=1, stages=6)),
-    ("int4", 256): (DecodeTile(pages=2, stages=4), DecodeTile(pages=1, stages=6), DecodeTile(pages=1, stages=2)),
+    ("int4", 256): (DecodeTile(pages=2, stages=4), DecodeTile(pages=1, stages=6), None),
     ("int2", 64): (DecodeTile(pages=2, stages=6), DecodeTile(pages=2, stages=6), DecodeTile(pages=1, stages=6)),
     ("int2", 128): (DecodeTile(pages=2, stages=6), DecodeTile(pages=2, stages=6), DecodeTile(pages=1, stages=6)),
     ("int2", 256): (DecodeTile(pages=1, stages=6), DecodeTile(pages=1, stages=6), None),
