@@ -17,12 +17,17 @@ from pallas_kernels.payloads import Payload
 from pallas_kernels.score_blocks import score_antidiagonal, score_minmax, score_pooled
 from pallas_kernels.score_probe import score_probe
 
+SLOW = pytest.mark.slow
+
 
 def shape(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-@pytest.mark.parametrize(("G", "T", "S", "D"), [(3, 1, 77, 64), (1, 3, 1_001, 80), (2, 200, 333, 128)])
+@pytest.mark.parametrize(
+    ("G", "T", "S", "D"),
+    [(1, 3, 1_001, 80), pytest.param(3, 1, 77, 64, marks=SLOW), pytest.param(2, 200, 333, 128, marks=SLOW)],
+)
 def test_attend(G, T, S, D):
     def run(q, k, v, pos, q_pos):
         tile = lambda start, size: (  # noqa: E731
@@ -35,9 +40,7 @@ def test_attend(G, T, S, D):
     compile_kernel(run, q, k, v, shape(2, 1, S, dtype=jnp.int32), shape(2, T, dtype=jnp.int32)).check()
 
 
-@pytest.mark.parametrize(
-    ("G", "T", "S", "D"), [(3, 77, 201, 64), pytest.param(1, 130, 1_001, 80, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("G", "T", "S", "D"), [(3, 77, 201, 64), pytest.param(1, 130, 1_001, 80, marks=SLOW)])
 def test_gradients(G, T, S, D):
     def run(q, k, v):
         loss = lambda *x: attend_with_gradient(*x, scale=0.1, mask=Mask(causal=True), q_offset=S - T).out.sum()  # noqa: E731
@@ -46,14 +49,16 @@ def test_gradients(G, T, S, D):
     compile_kernel(run, shape(2, 3, G, T, D), shape(2, 3, D, S), shape(2, 3, S, D)).check()
 
 
-def test_decode():
-    for kind, G, T, D, n in (("int4", 3, 1, 80, 7), ("bf16", 5, 3, 64, 1)):
-        args = shape(2, 3, G, T, D), abstract_pages(Payload(kind), 64 if D == 64 else 128, 50)
-        more = shape(2, 3, n, dtype=jnp.int32), shape(2, 3, dtype=jnp.int32)
-        compile_kernel(lambda q, *held: decode(q, *held, scale=0.1), *args, *more).check()
+@pytest.mark.parametrize(
+    ("kind", "G", "T", "D", "n"), [("int4", 3, 1, 80, 7), pytest.param("bf16", 5, 3, 64, 1, marks=SLOW)]
+)
+def test_decode(kind, G, T, D, n):
+    args = shape(2, 3, G, T, D), abstract_pages(Payload(kind), 64 if D == 64 else 128, 50)
+    more = shape(2, 3, n, dtype=jnp.int32), shape(2, 3, dtype=jnp.int32)
+    compile_kernel(lambda q, *held: decode(q, *held, scale=0.1), *args, *more).check()
 
 
-@pytest.mark.parametrize("pages", [1, 520, *(pytest.param(n, marks=pytest.mark.slow) for n in (33, 1_001))])
+@pytest.mark.parametrize("pages", [1, 520, *(pytest.param(n, marks=SLOW) for n in (33, 1_001))])
 def test_extremes_and_pooled(pages):
     q, held = shape(2, 3, 3, 1, 64), shape(2, 3, 64, pages)
     compile_kernel(score_minmax, q, held, held).check()
@@ -61,12 +66,12 @@ def test_extremes_and_pooled(pages):
     compile_kernel(partial(score_pooled, scale=0.1, rows=1, size=16), q, k).check()
 
 
-@pytest.mark.parametrize(("stride", "T", "S"), [(16, 48, 1_999), (4, 200, 333)])
+@pytest.mark.parametrize(("stride", "T", "S"), [(16, 48, 1_999), pytest.param(4, 200, 333, marks=SLOW)])
 def test_antidiagonals(stride, T, S):
     run = partial(score_antidiagonal, stride=stride, scale=0.1, q_offset=S - S % stride - T)
     compile_kernel(run, shape(2, 3, 3, T, 80), shape(2, 3, 80, S)).check()
 
 
-@pytest.mark.parametrize(("T", "S", "D"), [(64, 5_003, 80), (9, 333, 64)])
+@pytest.mark.parametrize(("T", "S", "D"), [(64, 5_003, 80), pytest.param(9, 333, 64, marks=SLOW)])
 def test_probes(T, S, D):
     compile_kernel(partial(score_probe, scale=0.1, q_offset=S - T), shape(2, 3, 3, T, D), shape(2, 3, D, S)).check()

@@ -52,7 +52,7 @@ def oracle(store, slots):
     return [x[..., : store.head_dim].reshape(B, R, n * 64, -1) for x in found]
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [80, *(pytest.param(d, marks=pytest.mark.slow) for d in (64, 128, 256))])
 @each_codec
 def test_a_tile_is_what_the_pages_say(codec, head_dim):
     k, v = normal(0, B, R, N, head_dim), normal(1, B, R, N, head_dim)
@@ -98,7 +98,7 @@ def test_the_error_is_half_a_step_and_float16_rounding(codec, shift):
         assert np.abs(x - read).max() >= bound.max() / 50
 
 
-@pytest.mark.parametrize("garbage", [1e4, -1e4, np.nan, np.inf])
+@pytest.mark.parametrize("garbage", [np.nan, *(pytest.param(x, marks=pytest.mark.slow) for x in (1e4, -1e4, np.inf))])
 @each_codec
 def test_places_without_a_token_do_not_widen_a_page(codec, garbage):
     k, v = normal(0, B, R, N, 64), normal(1, B, R, N, 64)
@@ -140,7 +140,7 @@ def queries(G, T, D, pos):
 @pytest.mark.parametrize(
     ("codec", "head_dim", "T", "implementation"),
     [
-        (Paged("int4"), 64, 1, "pallas"),
+        pytest.param(Paged("int4"), 64, 1, "pallas", marks=pytest.mark.slow),
         (Paged("int4", "token"), 80, 3, PREFER_PALLAS),
         pytest.param(Paged("fp8"), 64, 3, PREFER_PALLAS, marks=pytest.mark.slow),
         pytest.param(Paged("int8"), 128, 1, "pallas", marks=pytest.mark.slow),
