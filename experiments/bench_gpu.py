@@ -126,7 +126,7 @@ def compile_rows(rows: Rows) -> None:
     """Every timed row compiled for the H200, from shapes alone."""
     import jax
 
-    from lcx.measure.gpu_targets import compile_for, gpu_target
+    from lcx.plan.targets import compile_for, gpu_target
 
     target = gpu_target("h200")
     done = set()

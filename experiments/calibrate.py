@@ -22,8 +22,8 @@ def main() -> None:
     if not _OUT.value or not Path(_OUT.value).parent.is_dir():
         raise UserError(f"out={_OUT.value!r}; allowed is a JSON file in a folder that exists: --out=head_split.json")
     # what follows imports jax, which a wrong flag need not wait for
-    from lcx.loading import load
     from lcx.measure import head_mass
+    from lcx.models.loading import load
 
     model = load(_MODEL.value, accept_licence=_ACCEPT.value)
     record = head_mass.calibrate(model, _TEXT.value, _TOKENS.value, _SINK.value, _WINDOW.value)

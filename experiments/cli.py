@@ -167,9 +167,9 @@ def check_model_free(found) -> None:
 
 def load(found):
     """The model of a config."""
-    import lcx.loading
+    import lcx.models.loading
 
-    return lcx.loading.load(found.model, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
+    return lcx.models.loading.load(found.model, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
 
 
 def read_text(path: str) -> str:

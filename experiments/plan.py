@@ -81,8 +81,8 @@ def experiments() -> dict:
 
 
 def names_of_implementations(devices) -> list[str | None]:
-    """What --implementation asks for, as `lcx.implementation.resolve` takes it."""
-    from lcx.implementation import HOPPER, PREFER_PALLAS
+    """What --implementation asks for, as `lcx.backends.choose.resolve` takes it."""
+    from lcx.backends.choose import HOPPER, PREFER_PALLAS
 
     if FLAGS.implementation is None:
         return [None]

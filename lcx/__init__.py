@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "lcx.loading",
-    "Pretrained": "lcx.loading",
+    "load": "lcx.models.loading",
+    "Pretrained": "lcx.models.loading",
     "load_config": "lcx.config_files",
     "Experiment": "lcx.experiment",
     "Sweep": "lcx.experiment",
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from lcx.config_files import load_config
     from lcx.errors import UserError
     from lcx.experiment import Experiment, Sweep
-    from lcx.loading import Pretrained, load
     from lcx.measure.quality import score_continuation, score_text
+    from lcx.models.loading import Pretrained, load
     from lcx.recipe import Recipe, Segment
     from lcx.session import Session, generate
     from lcx.sweep.runner import run_methods

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.attention import EMPTY, Source
+from lcx.ops.attention import EMPTY, Source
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Protocol
 
-from lcx.config import ModelConfig
 from lcx.errors import UserError
+from lcx.model_config import ModelConfig
 from lcx.recipe import Aux, Recipe
 from lcx.schedules.chunked import Chunked, OneShot
 
@@ -34,7 +34,7 @@ class Experiment:
       model: default model; the flag --model overrides it.
       lengths: default context lengths in tokens.
       paper: the paper's figures, name -> number, for reports.
-      implementation: of attention: None, "xla", "pallas" or "cudnn", see `lcx.implementation`.
+      implementation: of attention: None, "xla", "pallas" or "cudnn", see `lcx.backends.choose`.
     """
 
     recipe: Recipe

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
-from lcx.attention import EMPTY, Near, Partial, Source, attend_visits, merge, tokens_source
+from lcx.backends.choose import attend, check_visits
 from lcx.cache import Edit, Held, Slots, Store, Tokens
-from lcx.implementation import attend, check_visits
+from lcx.ops.attention import EMPTY, Near, Partial, Source, attend_visits, merge, tokens_source
 from lcx.recipe import Chain, Pattern, Recipe
 
 

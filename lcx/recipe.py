@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lcx.attention import EMPTY, Near
 from lcx.cache import Edit, Held, Slots, Store, Tokens, shape_bytes
-from lcx.config import ModelConfig
 from lcx.errors import UserError
+from lcx.model_config import ModelConfig
+from lcx.ops.attention import EMPTY, Near
 
 PHASES = ("prefill", "decode")
 
@@ -167,7 +167,7 @@ class Segment:
 
 
 def _keep_all():
-    from lcx.policies.keep import KeepAll
+    from lcx.policies.flush import KeepAll
 
     return KeepAll()
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx.attention import EMPTY
+from lcx.backends.choose import resolve
 from lcx.cache import device_bytes, shape_bytes
 from lcx.errors import UserError
-from lcx.implementation import resolve
-from lcx.model import Layers, Model, block_program, embed_program, last_rows, repack_program
+from lcx.models.decoder import Layers, Model, block_program, embed_program, last_rows, repack_program
+from lcx.ops.attention import EMPTY
 from lcx.recipe import Aux, Recipe
 from lcx.schedules.chunked import OneShot
 
@@ -65,7 +65,7 @@ class Session:
       aux: the method's arrays, one dict a layer.
       batch: texts side by side.
       schedule: `OneShot()` or `Chunked(size)`.
-      implementation: of attention: None, "xla", "pallas" or "cudnn", see `lcx.implementation`.
+      implementation: of attention: None, "xla", "pallas" or "cudnn", see `lcx.backends.choose`.
 
     Raises:
       UserError: a recipe that does not suit the model or the schedule, or aux that does not fit.

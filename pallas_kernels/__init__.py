@@ -1,1 +1,1 @@
-"""Kernels for Hopper with the signatures of the references in lcx.attention.  Empty in this release."""
+"""Kernels for Hopper with the signatures of the references in lcx.ops.attention.  Empty in this release."""

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lcx.attention import Partial
+from lcx.ops.attention import Partial
 from pallas_kernels.inputs import (
     Data,
     check_arrays,
@@ -64,7 +64,7 @@ def attend(
     """Attention of `q` over `k`, `v`; the cost is that of the tiles visited.
 
     Values at hidden slots must be finite: a hidden NaN or infinity in `v` makes the rows of a visited tile NaN (0 * NaN), where
-    `lcx.attention.attend` leaves it out.  Hidden keys may hold anything.  Odd sizes cost a padded copy: of k where S
+    `lcx.ops.attention.attend` leaves it out.  Hidden keys may hold anything.  Odd sizes cost a padded copy: of k where S
     is no multiple of 64, of v where it is none of 8, of q and the result where T is none of 8, of all where head_dim is not 64, 128 or 256.
 
     Args:

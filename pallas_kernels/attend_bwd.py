@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lcx.attention import BIG, Partial
+from lcx.ops.attention import BIG, Partial
 from pallas_kernels import inputs
 from pallas_kernels.attend import block_of, forward, steps_of
 from pallas_kernels.inputs import Data, longest_first, pad, predicate, with_list

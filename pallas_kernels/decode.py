@@ -27,8 +27,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lcx.attention import Partial
 from lcx.errors import UserError
+from lcx.ops.attention import Partial
 from pallas_kernels.payloads import PAGE, Pages, Payload, planes
 from pallas_kernels.pieces import Plan, merge_pieces, plan_pieces
 from pallas_kernels.registers import HIDDEN, LOG2E, capped, empty, rows_of

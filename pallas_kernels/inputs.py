@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lcx.attention import EMPTY
 from lcx.errors import UserError
+from lcx.ops.attention import EMPTY
 from pallas_kernels.lists import FULL, ROWS, SIZE, BlockList
 from pallas_kernels.mask import Mask
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lcx.attention import EMPTY, FAR
 from lcx.errors import UserError
+from lcx.ops.attention import EMPTY, FAR
 from pallas_kernels.mask import Mask
 
 ROWS = SIZE = 128  # queries and keys of a listed tile

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.attention import FAR
 from lcx.errors import UserError
+from lcx.ops.attention import FAR
 
 
 class Walk(NamedTuple):

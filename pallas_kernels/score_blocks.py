@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lcx.errors import UserError
-from lcx.scores import BLOCK, STRIDES, check_antidiagonal, check_minmax, check_pooled
+from lcx.ops.block_scores import BLOCK, STRIDES, check_antidiagonal, check_minmax, check_pooled
 from pallas_kernels.inputs import pad
 from pallas_kernels.lists import ROWS
 from pallas_kernels.registers import HALF, HIDDEN, LINE, LOG2E, PRODUCER, SWIZZLED, empty, line_buffer, write_rows
@@ -49,7 +49,7 @@ def score_pooled(
     q_offset=0,
     tile: ScoreTile | None = None,
 ) -> jax.Array:
-    """As `lcx.scores.score_pooled`; q and k in bfloat16 or float16, the products in float32."""
+    """As `lcx.ops.block_scores.score_pooled`; q and k in bfloat16 or float16, the products in float32."""
     check_pooled(q, k, scale, rows, size)
     check_types(q, k)
     B, K, G, Q, D = q.shape
@@ -69,7 +69,7 @@ def score_pooled(
 
 
 def score_minmax(q: jax.Array, low: jax.Array, high: jax.Array, *, tile: ScoreTile | None = None) -> jax.Array:
-    """As `lcx.scores.score_minmax`; all in bfloat16 or float16, the products in float32."""
+    """As `lcx.ops.block_scores.score_minmax`; all in bfloat16 or float16, the products in float32."""
     check_minmax(q, low, high)
     check_types(q, low, high)
     B, K, G, T, D = q.shape
@@ -92,13 +92,15 @@ def score_antidiagonal(
     kv_len=None,
     tile: ScoreTile | None = None,
 ) -> jax.Array:
-    """As `lcx.scores.score_antidiagonal`; q and k in bfloat16 or float16, stride 4, 8 or 16.
+    """As `lcx.ops.block_scores.score_antidiagonal`; q and k in bfloat16 or float16, stride 4, 8 or 16.
 
     exp2 of a column is rounded to float16 before it is added up (relative 2^-11; below 2^-24 of its tile's largest it counts 0).
     """
     check_antidiagonal(q, k, stride, scale, q_offset)
     if stride not in STRIDES:
-        raise UserError(f"stride={stride}: allowed are {', '.join(map(str, STRIDES))}; lcx.scores takes others")
+        raise UserError(
+            f"stride={stride}: allowed are {', '.join(map(str, STRIDES))}; lcx.ops.block_scores takes others"
+        )
     check_types(q, k)
     B, K, G, T, D = q.shape
     S = k.shape[-1]

@@ -24,8 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lcx.attention import BIG
-from lcx.scores import PROBE, check_probe
+from lcx.ops.attention import BIG
+from lcx.ops.block_scores import PROBE, check_probe
 from pallas_kernels.inputs import pad
 from pallas_kernels.registers import HALF, HIDDEN, LOG2E, PRODUCER, SWIZZLED, capped, empty, rows_of
 from pallas_kernels.score_blocks import check_types
@@ -46,7 +46,7 @@ def score_probe(
     softcap: float | None = None,
     tile: ProbeTile | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `lcx.scores.score_probe`; q and k in bfloat16 or float16, everything after their product in float32."""
+    """As `lcx.ops.block_scores.score_probe`; q and k in bfloat16 or float16, everything after their product in float32."""
     check_probe(q, k, scale, window, softcap)
     check_types(q, k)
     B, K, G, T, D = q.shape

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from lcx.errors import UserError
-from lcx.measure.gpu_targets import TARGETS, compile_device, compile_for
+from lcx.plan.targets import TARGETS, compile_device, compile_for
 
 SHARED_LIMIT = TARGETS["h200"].shared_optin_bytes  # 232,448: of one block
 

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
-from lcx.config import ModelConfig
+from lcx.model_config import ModelConfig
 
 SIZES = {
     "num_layers": 2,

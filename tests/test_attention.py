@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcx.attention import Partial, Source, attend, attend_visits, mass, merge, tokens_source
+from lcx.ops.attention import Partial, Source, attend, attend_visits, mass, merge, tokens_source
 
 EMPTY = -1
 # f32: at most 200 keys, sums in another order; bf16, f16: the probabilities are rounded to the model's type before they meet the values

@@ -20,8 +20,8 @@ from experiments.gpu.cases import CHECKS, Case, error
 from experiments.gpu.goals import summary
 from experiments.gpu.order import timed_rows
 from experiments.gpu.rows import row_of
-from lcx.attention import Partial
 from lcx.errors import UserError
+from lcx.ops.attention import Partial
 from pallas_kernels import tables
 
 ROOT = Path(__file__).parent.parent

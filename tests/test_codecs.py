@@ -19,7 +19,6 @@ from naive_model import Held as Memory
 from naive_model import NaiveModel
 from test_model import ATOL, LLAMA, text, weights_of
 
-from lcx.attention import attend
 from lcx.cache import Edit, Held, Store, Tokens
 from lcx.codecs.exact import Cast, Exact
 from lcx.codecs.int_token import Int
@@ -27,8 +26,9 @@ from lcx.codecs.kivi import Kivi, chain
 from lcx.codecs.packing import pack, unpack
 from lcx.errors import UserError
 from lcx.layer import held_source
-from lcx.model import Layers, Model
-from lcx.policies.keep import Flush, KeepAll
+from lcx.models.decoder import Layers, Model
+from lcx.ops.attention import attend
+from lcx.policies.flush import Flush, KeepAll
 from lcx.policies.snapkv import SnapKV
 from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked

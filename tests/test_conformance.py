@@ -14,16 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.attention import EMPTY
 from lcx.cache import Slots, Store, device_bytes, shape_bytes
 from lcx.codecs.exact import Exact
 from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import chain
-from lcx.config import ModelConfig
 from lcx.config_files import all_configs, change, load_config
 from lcx.errors import UserError
 from lcx.experiment import Experiment
-from lcx.model import (
+from lcx.model_config import ModelConfig
+from lcx.models.decoder import (
     Layers,
     Model,
     block_program,
@@ -33,8 +32,9 @@ from lcx.model import (
     random_weights,
     repack_program,
 )
+from lcx.ops.attention import EMPTY
+from lcx.policies.base import Evict
 from lcx.policies.duo import duo, split_by_score
-from lcx.policies.evict import Evict
 from lcx.policies.sink_window import SinkWindow
 from lcx.policies.snapkv import SnapKV
 from lcx.recipe import Recipe, Segment

@@ -19,10 +19,10 @@ from lcx import texts
 from lcx.cache import device_bytes
 from lcx.codecs.exact import Cast, Exact
 from lcx.codecs.int_token import Int
-from lcx.config import ModelConfig
 from lcx.errors import UserError
 from lcx.measure import head_mass
-from lcx.model import Layers, Model, random_weights
+from lcx.model_config import ModelConfig
+from lcx.models.decoder import Layers, Model, random_weights
 from lcx.policies import duo as duo_file
 from lcx.policies.duo import HeadSplit, duo, split_by_score
 from lcx.recipe import Recipe

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pretrained_support import hf_weights, small_config, write_gguf
 
-from lcx.config import param_shapes
 from lcx.errors import UserError
+from lcx.model_config import param_shapes
 from lcx.pretrained import checkpoints
 from lcx.pretrained.gguf_header import CheckpointFormatError, open_gguf, parse
 from lcx.pretrained.tokenizer import Tokenizer

@@ -9,10 +9,10 @@ import pytest
 from interpret_support import interpreted
 from test_model import LLAMA, weights_of
 
-from lcx.attention import EMPTY, Near, Source, tokens_source
+from lcx.backends.choose import PREFER_PALLAS, attend, check_visits, resolve, score_minmax, score_probe
 from lcx.errors import UserError
-from lcx.implementation import PREFER_PALLAS, attend, check_visits, resolve, score_minmax, score_probe
-from lcx.model import Layers, Model
+from lcx.models.decoder import Layers, Model
+from lcx.ops.attention import EMPTY, Near, Source, tokens_source
 from lcx.patterns.minference import MInference
 from lcx.recipe import Recipe
 from lcx.session import Session

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from interpret_support import interpreted
 
-from lcx.attention import EMPTY, merge
 from lcx.errors import UserError
+from lcx.ops.attention import EMPTY, merge
 from pallas_kernels.attend import attend
 from pallas_kernels.lists import BlockList, from_blocks, from_mask, to_blocks, transpose
 from pallas_kernels.mask import Mask

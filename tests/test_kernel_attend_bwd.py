@@ -10,8 +10,8 @@ from aot_support import compile_kernel
 from interpret_support import interpreted
 from test_kernel_attend import FULL, LIST, VARIANTS, B, G, K, S, T, random_qkv, some_blocks, visible
 
-from lcx.attention import EMPTY, Partial, merge
 from lcx.errors import UserError
+from lcx.ops.attention import EMPTY, Partial, merge
 from pallas_kernels.attend_bwd import attend_with_gradient
 from pallas_kernels.lists import from_blocks, from_mask
 from pallas_kernels.mask import Mask

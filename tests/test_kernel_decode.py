@@ -12,7 +12,7 @@ from interpret_support import interpreted
 
 from experiments.gpu.decode import abstract_pages
 from lcx.errors import UserError
-from lcx.measure.gpu_targets import TARGETS, compile_for
+from lcx.plan.targets import TARGETS, compile_for
 from pallas_kernels.decode import decode
 from pallas_kernels.payloads import Pages, Payload, pack_pages, page_bytes
 from pallas_kernels.pieces import Plan, merge_pieces, plan_pieces

@@ -10,8 +10,8 @@ import pytest
 from aot_support import compile_kernel
 from interpret_support import interpreted
 
-from lcx import scores
 from lcx.errors import UserError
+from lcx.ops import block_scores as scores
 from pallas_kernels import score_blocks, score_probe
 from pallas_kernels.tables import PROBE, SCORE, ProbeTile, ScoreTile
 

@@ -8,8 +8,8 @@ import pytest
 from aot_support import compile_kernel
 
 from experiments.gpu.decode import abstract_pages
-from lcx.attention import Source
-from lcx.implementation import PREFER_PALLAS, attend
+from lcx.backends.choose import PREFER_PALLAS, attend
+from lcx.ops.attention import Source
 from pallas_kernels.attend_bwd import attend_with_gradient
 from pallas_kernels.decode import decode
 from pallas_kernels.mask import Mask

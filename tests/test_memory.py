@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from lcx.backends.choose import PREFER_PALLAS, resolve
 from lcx.cache import shape_bytes
 from lcx.codecs.exact import Cast
 from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import chain
 from lcx.codecs.paged import chain as paged_chain
-from lcx.config import ModelConfig, param_shapes
 from lcx.errors import UserError
-from lcx.implementation import PREFER_PALLAS, resolve
-from lcx.measure.gpu_targets import TARGETS, compile_device, compile_for, gpu_target
-from lcx.model import Block, Layers, block_program, logits_program
+from lcx.model_config import ModelConfig, param_shapes
+from lcx.models.decoder import Block, Layers, block_program, logits_program
 from lcx.patterns.quest import Quest
+from lcx.plan.targets import TARGETS, compile_device, compile_for, gpu_target
 from lcx.policies.duo import duo, split_by_score
 from lcx.policies.h2o import H2O
 from lcx.policies.sink_window import SinkWindow

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from naive_model import NaiveModel, turn
 
-from lcx.config import ModelConfig, num_params, param_shapes
-from lcx.model import Layers, Model, random_weights
-from lcx.policies.keep import KeepAll
+from lcx.model_config import ModelConfig, num_params, param_shapes
+from lcx.models.decoder import Layers, Model, random_weights
+from lcx.models.rope import inverse_frequencies, rotate
+from lcx.policies.flush import KeepAll
 from lcx.policies.sink_window import SinkWindow
 from lcx.recipe import Recipe, Segment
-from lcx.rope import inverse_frequencies, rotate
 from lcx.session import Session, generate
 
 LLAMA = ModelConfig("llama", 3, 48, 6, 2, 16, 40, 97, 512)
@@ -160,7 +160,7 @@ def test_segment_default_is_the_exact_cache_of_every_token():
 NNX_SCRIPT = """
 import numpy as np
 from test_model import LLAMA, text, weights_of
-from lcx.model import Model
+from lcx.models.decoder import Model
 from lcx.recipe import Recipe
 from lcx.session import Session
 session = Session(Model(LLAMA, weights_of(LLAMA)), Recipe(), 5, 1)

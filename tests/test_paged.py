@@ -7,16 +7,16 @@ import pytest
 from interpret_support import interpreted
 from test_kernel_decode import PAYLOADS, dequantised
 
-from lcx.attention import EMPTY
+from lcx.backends.choose import PREFER_PALLAS, attend
 from lcx.cache import Edit, Store, Tokens
 from lcx.codecs.paged import Paged, chain
-from lcx.config import ModelConfig
 from lcx.errors import UserError
-from lcx.implementation import PREFER_PALLAS, attend
 from lcx.layer import held_source
-from lcx.model import Layers, Model, block_program, random_weights
+from lcx.model_config import ModelConfig
+from lcx.models.decoder import Layers, Model, block_program, random_weights
+from lcx.ops.attention import EMPTY
 from lcx.policies.duo import duo, split_by_score
-from lcx.policies.keep import Flush, KeepAll
+from lcx.policies.flush import Flush, KeepAll
 from lcx.recipe import Recipe, Segment
 from lcx.session import Session
 from pallas_kernels.payloads import FLOATS, pack_pages, page_bytes, read_pages

@@ -19,10 +19,10 @@ from lcx.codecs.exact import Exact
 from lcx.codecs.int_token import Int
 from lcx.errors import UserError
 from lcx.layer import Ctx
-from lcx.model import Layers, Model
+from lcx.models.decoder import Layers, Model
 from lcx.patterns.minference import MInference
 from lcx.patterns.quest import Quest, Summaries
-from lcx.policies.keep import KeepAll
+from lcx.policies.flush import KeepAll
 from lcx.recipe import CAUSAL, Causal, Recipe, Segment
 from lcx.schedules.chunked import Chunked
 from lcx.session import Session

@@ -17,13 +17,12 @@ import pytest
 
 from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import chain
-from lcx.config import ModelConfig
 from lcx.config_files import all_configs, load_config
 from lcx.errors import UserError
 from lcx.experiment import Experiment, Sweep
-from lcx.measure.gpu_targets import compile_device, compile_for, gpu_target
 from lcx.measure.quality import make_session
-from lcx.model import Layers, Model, random_weights
+from lcx.model_config import ModelConfig
+from lcx.models.decoder import Layers, Model, random_weights
 from lcx.patterns.minference import MInference
 from lcx.patterns.quest import Quest
 from lcx.plan import Device, device, estimate, plan, shape
@@ -32,6 +31,7 @@ from lcx.plan.models import planned_aux, shard, weight_table
 from lcx.plan.programs import Compiler, compile_options
 from lcx.plan.rows import make_job
 from lcx.plan.search import _last_that_fits
+from lcx.plan.targets import compile_device, compile_for, gpu_target
 from lcx.policies.duo import HeadSplit, duo
 from lcx.policies.h2o import H2O
 from lcx.policies.knorm import KNorm

@@ -17,14 +17,14 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from naive_model import NaiveModel
 
-from lcx.attention import Bounds, attend, tokens_source
-from lcx.config import ModelConfig
 from lcx.errors import UserError
-from lcx.model import Layers, Model, random_weights
+from lcx.model_config import ModelConfig
+from lcx.models.decoder import Layers, Model, random_weights
+from lcx.ops.attention import Bounds, attend, tokens_source
 from lcx.patterns.sink_window import AShape
 from lcx.patterns.streaming import CachePositions
+from lcx.policies.flush import Flush, KeepAll
 from lcx.policies.h2o import H2O
-from lcx.policies.keep import Flush, KeepAll
 from lcx.policies.knorm import KNorm
 from lcx.policies.sink_window import SinkWindow
 from lcx.policies.snapkv import SnapKV

@@ -16,8 +16,8 @@ from pretrained_support import (
 )
 from safetensors.numpy import save_file
 
-from lcx.config import param_shapes
 from lcx.errors import UserError
+from lcx.model_config import param_shapes
 from lcx.pretrained import CheckpointFormatError, CheckpointMismatch, cache
 from lcx.pretrained.checkpoints import load_gguf, load_hf, unpermute
 from lcx.pretrained.model_configs import config_from_hf

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lcx.errors import UserError
-from lcx.measure.gpu_targets import compile_device, gpu_target
+from lcx.plan.targets import compile_device, gpu_target
 from lcx.pretrained import is_installed
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,8 @@ from pretrained_support import hf_json, hf_weights, small_config, write_gguf, wr
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from lcx.config import num_params, param_shapes
 from lcx.errors import UserError
+from lcx.model_config import num_params, param_shapes
 from lcx.pretrained import CheckpointFormatError, load_arrays, registry
 
 

@@ -10,9 +10,9 @@ import pytest
 
 import lcx
 from lcx import texts
-from lcx.attention import EMPTY
 from lcx.config_files import load_config
 from lcx.measure.quality import continue_session, make_session, score_continuation, score_text, token_nll
+from lcx.ops.attention import EMPTY
 from lcx.pretrained import is_installed
 from lcx.recipe import Recipe
 from lcx.session import Session, generate

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.config import ModelConfig
 from lcx.errors import UserError
 from lcx.experiment import Sweep
-from lcx.loading import Pretrained
 from lcx.measure.memory import weight_bytes
-from lcx.model import Layers, Model, random_weights
+from lcx.model_config import ModelConfig
+from lcx.models.decoder import Layers, Model, random_weights
+from lcx.models.loading import Pretrained
 from lcx.sweep.bench import Bench
 from lcx.sweep.points import Loaded, Settings, jobs, resolve, specs
 from lcx.sweep.runner import open_sweep, read_rows, resolve_all, run_here

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from test_tokenizer import fields
 
 from lcx import tasks
-from lcx.config import ModelConfig
 from lcx.errors import UserError
 from lcx.experiment import Experiment
-from lcx.loading import Pretrained
 from lcx.measure import task_scores
 from lcx.measure.quality import make_session, score_text
-from lcx.model import Layers, Model, random_weights
+from lcx.model_config import ModelConfig
+from lcx.models.decoder import Layers, Model, random_weights
+from lcx.models.loading import Pretrained
 from lcx.patterns.minference import MInference
 from lcx.patterns.quest import Quest
 from lcx.patterns.sink_window import AShape

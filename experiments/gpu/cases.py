@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx.attention import Near, Partial, Source
-from lcx.attention import attend as reference_attend
-from lcx.implementation import attend as attend_by
+from lcx.backends.choose import attend as attend_by
+from lcx.ops.attention import Near, Partial, Source
+from lcx.ops.attention import attend as reference_attend
 from pallas_kernels.attend import attend
 from pallas_kernels.attend_bwd import attend_with_gradient
 from pallas_kernels.lists import ROWS, SIZE, BlockList, from_blocks
@@ -34,7 +34,7 @@ class Case:
     """One row.
 
     Attributes:
-      kernel: a name of CHECKED: "decode" reads pages, "decode_slots" plain arrays through `lcx.implementation`.
+      kernel: a name of CHECKED: "decode" reads pages, "decode_slots" plain arrays through `lcx.backends.choose`.
       tokens: keys; of prefill queries too.
       head_dim, heads, kv_heads, batch: shapes.
       density: share of the causal tiles that a list holds; None: no list.
@@ -171,7 +171,7 @@ def _tiles(k, v):
 
 
 def reference(case: Case) -> Callable:
-    """The same in float32 by `lcx.attention`, or through a dense mask where there is a list."""
+    """The same in float32 by `lcx.ops.attention`, or through a dense mask where there is a list."""
     scale, offset = case.head_dim**-0.5, case.tokens - case.T
 
     def forward(q, k, v):

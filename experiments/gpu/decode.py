@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.gpu.cases import Case
-from lcx.attention import Partial
+from lcx.ops.attention import Partial
 from pallas_kernels.decode import decode
 from pallas_kernels.payloads import FLOATS, PAGE, Pages, Payload, pack_pages
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.gpu.cases import EXTREMES, Case
-from lcx import scores
+from lcx.ops import block_scores as scores
 from pallas_kernels import score_blocks, score_probe
 
 
@@ -38,7 +38,7 @@ def program(case: Case, tile=None) -> Callable:
 
 
 def reference(case: Case) -> Callable:
-    """The plain code of lcx.scores, in float32."""
+    """The plain code of lcx.ops.block_scores, in float32."""
     plain = _call(case, scores)
     return lambda *args: plain(*(x.astype(jnp.float32) for x in args))
 

@@ -65,7 +65,7 @@ class Ours:
     """The same cases in this process."""
 
     def __init__(self):
-        from lcx.loading import load
+        from lcx.models.loading import load
 
         self.layers = load("smollm2-135m").layers
         self.ids = np.random.default_rng(0).integers(17, self.layers.config.vocab_size, 8_192)

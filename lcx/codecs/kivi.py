@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from einops import rearrange
 
-from lcx.attention import KV_TILE
 from lcx.cache import Leaf
 from lcx.codecs.packing import dequantise, pack, quantise, ranges, unpack
 from lcx.errors import UserError
-from lcx.policies.keep import Flush
+from lcx.ops.attention import KV_TILE
+from lcx.policies.flush import Flush
 from lcx.recipe import Codec, Compress, Segment
 
 

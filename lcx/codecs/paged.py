@@ -9,7 +9,7 @@ from einops import rearrange
 
 from lcx.cache import Leaf
 from lcx.errors import UserError
-from lcx.policies.keep import Flush
+from lcx.policies.flush import Flush
 from lcx.recipe import Codec, Compress, Segment
 from pallas_kernels.payloads import FLOATS, PAGE, Pages, Payload, read_pages, stored_head_dim, write_pages
 

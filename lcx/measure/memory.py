@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from lcx.config import ModelConfig, param_shapes
+from lcx.model_config import ModelConfig, param_shapes
 from lcx.recipe import Aux, Recipe, num_rows
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

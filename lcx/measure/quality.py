@@ -12,7 +12,7 @@ import numpy as np
 
 from lcx.errors import UserError
 from lcx.experiment import Experiment
-from lcx.model import Layers
+from lcx.models.decoder import Layers
 from lcx.session import Session
 
 ROWS = 256  # logits of so many tokens at a time: 50 MB for a vocabulary of 49,152

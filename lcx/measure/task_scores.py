@@ -11,8 +11,8 @@ import numpy as np
 
 from lcx.errors import UserError
 from lcx.experiment import Experiment
-from lcx.loading import Pretrained, starts_with_bos
 from lcx.measure.quality import make_session, score_text, token_nll
+from lcx.models.loading import Pretrained, starts_with_bos
 from lcx.recipe import Recipe
 from lcx.session import Session
 from lcx.tasks import Sample, Window, longppl, longppl_keys, longppl_windows, score, sliding_windows

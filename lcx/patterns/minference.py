@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.attention import EMPTY
+from lcx.backends.choose import score_probe
 from lcx.errors import UserError
-from lcx.implementation import score_probe
+from lcx.ops.attention import EMPTY
 from lcx.recipe import CAUSAL, Pattern
 
 PROBE, BLOCK = 64, 64  # last queries that estimate; rows and keys of a kernel block

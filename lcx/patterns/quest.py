@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.attention import EMPTY, used_length
+from lcx.backends.choose import score_minmax
 from lcx.errors import UserError
-from lcx.implementation import score_minmax
+from lcx.ops.attention import EMPTY, used_length
 from lcx.recipe import CAUSAL, Pattern
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lcx.attention import Near
 from lcx.errors import UserError
+from lcx.ops.attention import Near
 from lcx.recipe import Pattern
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from lcx.attention import EMPTY
+from lcx.ops.attention import EMPTY
 from lcx.recipe import Pattern
 
 

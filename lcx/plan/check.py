@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lcx.config import ModelConfig, param_shapes
 from lcx.errors import UserError
 from lcx.experiment import Experiment
 from lcx.measure.memory import peak_rss_bytes, reset_peak_rss
-from lcx.model import Block, Layers
+from lcx.model_config import ModelConfig, param_shapes
+from lcx.models.decoder import Block, Layers
 from lcx.plan.devices import Device
 from lcx.plan.models import planned_aux
 from lcx.plan.rows import check_lengths, estimate

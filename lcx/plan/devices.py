@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from lcx.errors import UserError, nearest
-from lcx.measure.gpu_targets import MIB, TARGETS, GpuTarget, compile_device
 from lcx.measure.memory import machine_bytes
+from lcx.plan.targets import MIB, TARGETS, GpuTarget, compile_device
 
 NAME = re.compile(r"(?:([1-9][0-9]{0,3})x)?(.+)")
 CPU = "cpu"

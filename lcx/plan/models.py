@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lcx.config import ModelConfig, param_shapes
 from lcx.errors import UserError, nearest
 from lcx.experiment import Experiment
-from lcx.model import Block, Layers
+from lcx.model_config import ModelConfig, param_shapes
+from lcx.models.decoder import Block, Layers
 from lcx.policies.duo import HeadSplit, split_by_score
 from lcx.pretrained import cache
 from lcx.pretrained.checkpoints import read_json

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from lcx.cache import shape_bytes
-from lcx.config import ModelConfig
 from lcx.experiment import Experiment
-from lcx.measure.gpu_targets import GpuTarget, compile_for
-from lcx.model import block_program, logits_program, repack_program
+from lcx.model_config import ModelConfig
+from lcx.models.decoder import block_program, logits_program, repack_program
 from lcx.plan.models import abstract_layers
+from lcx.plan.targets import GpuTarget, compile_for
 from lcx.recipe import Aux
 from lcx.session import Session
 
@@ -84,7 +84,7 @@ class Setting:
       weight_bytes: of all weights as they are counted.
       steps: tokens of the steps after the prompt.
       collective_bytes: for each token of a step, what joining the devices' partial sums takes.
-      implementation: of attention, as `lcx.implementation.resolve` returned it.
+      implementation: of attention, as `lcx.backends.choose.resolve` returned it.
     """
 
     config: ModelConfig

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.cache import shape_bytes
-from lcx.config import ModelConfig
 from lcx.experiment import Experiment
-from lcx.measure.gpu_targets import GpuTarget
+from lcx.model_config import ModelConfig
 from lcx.plan.models import weight_table
 from lcx.plan.programs import Setting
+from lcx.plan.targets import GpuTarget
 from lcx.recipe import Aux, Chain, Recipe, num_rows
 
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lcx.attention import FAR
-from lcx.config import ModelConfig
+from lcx.backends.choose import resolve
 from lcx.errors import UserError
 from lcx.experiment import Experiment
-from lcx.implementation import resolve
-from lcx.measure.gpu_targets import MIB, GpuTarget
+from lcx.model_config import ModelConfig
+from lcx.ops.attention import FAR
 from lcx.plan.devices import Device, budget_bytes, check_compiler, device
 from lcx.plan.models import planned_aux, shard, weight_table
 from lcx.plan.programs import Compiler, Setting, Timeline, timeline
 from lcx.plan.roofline import Roofline, roofline
 from lcx.plan.search import STEP, TOLERANCE, Check, Curve
+from lcx.plan.targets import MIB, GpuTarget
 from lcx.recipe import Aux
 
 NEW_TOKENS = 128

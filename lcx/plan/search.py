@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcx.attention import FAR
-from lcx.measure.gpu_targets import GpuTarget
+from lcx.ops.attention import FAR
 from lcx.plan.programs import ONE_SHOT, Compiler, Part, Report, Timeline
+from lcx.plan.targets import GpuTarget
 
 STEP = 1_024  # the longest context is rounded down to a multiple of it
 TOLERANCE = 0.03  # of interpolated temp, against what is compiled

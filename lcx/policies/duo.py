@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from lcx.codecs.exact import Exact
-from lcx.config import ModelConfig
 from lcx.errors import UserError, nearest
 from lcx.experiment import AuxSource
+from lcx.model_config import ModelConfig
 from lcx.policies.sink_window import SinkWindow
 from lcx.recipe import Aux, Codec, Segment
 
@@ -56,7 +56,7 @@ class HeadSplit(AuxSource):
     """Which KV heads are retrieval heads, from scores that were measured once per model.
 
     The splits that lcx ships are found by the model's own name, `ModelConfig.name`.  They rank by attention mass on plain
-    text (`lcx.measure.head_mass`), not by the paper's trained gates: SmolLM2 at 0.5 keeps its likelihood (NLL + 0.03 a
+    text (`lcx.artefacts.head_mass`), not by the paper's trained gates: SmolLM2 at 0.5 keeps its likelihood (NLL + 0.03 a
     token over 2,048), but copies a passage of 1,024 tokens ago no better than with random heads.
 
     Args:

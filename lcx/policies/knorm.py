@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from lcx.policies.evict import check_budget
+from lcx.policies.base import check_budget
 from lcx.recipe import Compress
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from lcx.attention import FAR
-from lcx.policies.evict import Evict, check_budget, check_tokens
+from lcx.ops.attention import FAR
+from lcx.policies.base import Evict, check_budget, check_tokens
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.attention import BIG, EMPTY, attend, mass
 from lcx.errors import UserError
-from lcx.policies.evict import check_budget, check_tokens
+from lcx.ops.attention import BIG, EMPTY, attend, mass
+from lcx.policies.base import check_budget, check_tokens
 from lcx.recipe import Compress
 
 

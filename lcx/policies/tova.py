@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from lcx.attention import BIG, mass, tokens_source
-from lcx.policies.evict import Evict, check_budget
+from lcx.ops.attention import BIG, mass, tokens_source
+from lcx.policies.base import Evict, check_budget
 
 
 @dataclass(frozen=True)

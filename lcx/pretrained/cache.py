@@ -20,7 +20,7 @@ from absl import logging
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from lcx.config import ModelConfig, param_shapes
+from lcx.model_config import ModelConfig, param_shapes
 from lcx.pretrained.gguf_header import CheckpointFormatError
 from lcx.pretrained.safetensors_map import open_safetensors
 

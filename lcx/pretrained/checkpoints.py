@@ -1,4 +1,4 @@
-"""Weights of a GGUF file or a Hugging Face folder as arrays in lcx's own names and layouts (`lcx.config.param_shapes`).
+"""Weights of a GGUF file or a Hugging Face folder as arrays in lcx's own names and layouts (`lcx.model_config.param_shapes`).
 
 Every native array is put together from one to three stored ones.  `_parts` says from which; the same list drives the
 check of names, shapes and types, which comes before any value is read, and the conversion.
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lcx.config import ModelConfig, param_shapes
 from lcx.errors import UserError
+from lcx.model_config import ModelConfig, param_shapes
 from lcx.pretrained import cache
 from lcx.pretrained.gguf_header import READABLE, CheckpointFormatError, GGUFFile, open_gguf
 from lcx.pretrained.model_configs import config_from_gguf, config_from_hf

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from lcx.config import ModelConfig
 from lcx.errors import nearest
+from lcx.model_config import ModelConfig
 from lcx.pretrained.gguf_header import CheckpointFormatError, GGUFFile
 
 MAX_LAYERS = 1_024

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lcx.config import ModelConfig
 from lcx.errors import UserError, nearest
+from lcx.model_config import ModelConfig
 from lcx.pretrained import cache
 from lcx.pretrained.checkpoints import load_gguf, load_hf, read_json
 from lcx.pretrained.tokenizer import Tokenizer

@@ -56,7 +56,7 @@ def peak(rows: Rows, ax: Axes | None = None, looks: Looks | None = None, capacit
 
     Args:
       rows, ax, looks: as in the other figures.
-      capacity: names of `lcx.measure.gpu_targets.TARGETS`.
+      capacity: names of `lcx.plan.targets.TARGETS`.
 
     Raises:
       UserError: no such GPU.
@@ -89,7 +89,7 @@ def capacities(names: Sequence[str]) -> dict[str, int]:
     """Memory of GPUs in bytes.  Raises UserError for a name that there is none of."""
     if not names:
         return {}
-    from lcx.measure.gpu_targets import TARGETS
+    from lcx.plan.targets import TARGETS
 
     for name in names:
         if name not in TARGETS:

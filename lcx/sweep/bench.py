@@ -15,10 +15,10 @@ import numpy as np
 from lcx import texts
 from lcx.cache import device_bytes
 from lcx.errors import UserError
-from lcx.loading import Pretrained
 from lcx.measure import memory
 from lcx.measure.latency import device_name, summary, timed
 from lcx.measure.quality import divergence, make_session, token_nll
+from lcx.models.loading import Pretrained
 from lcx.session import Compiled, Session
 from lcx.sweep.points import Point
 from lcx.sweep.schema import Row

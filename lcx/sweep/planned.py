@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lcx.config import ModelConfig
+from lcx.model_config import ModelConfig
 from lcx.plan import Device, PlanRow, estimate
 from lcx.plan.programs import Compiler
 from lcx.sweep.points import Point, experiment_of, settings_of

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from lcx.config import ModelConfig
 from lcx.config_files import load_config
 from lcx.errors import UserError
 from lcx.experiment import Experiment, Sweep
+from lcx.model_config import ModelConfig
 from lcx.sweep.store import Job
 
 TASKS = ("ppl", "longppl", "passkey", "needle", "ruler")

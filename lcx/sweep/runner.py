@@ -17,7 +17,7 @@ from typing import Any
 from lcx import texts
 from lcx.errors import UserError
 from lcx.experiment import Experiment
-from lcx.loading import Pretrained
+from lcx.models.loading import Pretrained
 from lcx.recipe import Recipe
 from lcx.report.source import whole_rows
 from lcx.sweep.bench import Bench

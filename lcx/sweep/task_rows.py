@@ -8,8 +8,8 @@ import numpy as np
 
 from lcx import tasks, texts
 from lcx.errors import UserError
-from lcx.loading import Pretrained, starts_with_bos
 from lcx.measure.task_scores import encoder, long_perplexity, mean_scores, run_samples, sliding_perplexity
+from lcx.models.loading import Pretrained, starts_with_bos
 from lcx.sweep.points import Point
 
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent, of the needle grid

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from lcx.errors import UserError
-from lcx.loading import load
+from lcx.models.loading import load
 from lcx.sweep.bench import Bench
 from lcx.sweep.points import Loaded, resolve
 from lcx.sweep.schema import Row

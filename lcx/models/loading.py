@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from lcx.config import ModelConfig
 from lcx.errors import UserError
-from lcx.model import Layers, Model
+from lcx.model_config import ModelConfig
+from lcx.models.decoder import Layers, Model
 from lcx.pretrained import Tokenizer, load_arrays
 
 

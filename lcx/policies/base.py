@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.attention import EMPTY
 from lcx.cache import Edit, Held, Tokens
 from lcx.errors import UserError
+from lcx.ops.attention import EMPTY
 from lcx.recipe import Policy
 
 

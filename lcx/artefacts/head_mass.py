@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx import texts
-from lcx.attention import attend, merge, tokens_source
 from lcx.errors import UserError
-from lcx.loading import Pretrained, starts_with_bos
-from lcx.model import Layers, Model
-from lcx.policies.keep import KeepAll
+from lcx.models.decoder import Layers, Model
+from lcx.models.loading import Pretrained, starts_with_bos
+from lcx.ops.attention import attend, merge, tokens_source
+from lcx.policies.flush import KeepAll
 from lcx.policies.sink_window import SinkWindow
 from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked

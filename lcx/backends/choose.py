@@ -1,7 +1,7 @@
 """Which code computes attention over the keys of a source: XLA everywhere, the kernels of `pallas_kernels` on Hopper where they can.
 
 None      the first of pallas, xla that can honour the call, source by source; xla alone where the device is not Hopper
-"xla"     `lcx.attention.attend`
+"xla"     `lcx.ops.attention.attend`
 "pallas"  the kernels, or an error that says why not
 "cudnn"   cuDNN through jax.nn for this step's own tokens, XLA for what is held; or an error that says why not
 """
@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lcx import scores
-from lcx.attention import EMPTY, Near, Partial, Source, merge, used_length
-from lcx.attention import attend as xla_attend
 from lcx.errors import UserError
+from lcx.ops import block_scores as scores
+from lcx.ops.attention import EMPTY, Near, Partial, Source, merge, used_length
+from lcx.ops.attention import attend as xla_attend
 
 IMPLEMENTATIONS = ("xla", "pallas", "cudnn")
 PREFER_PALLAS = "pallas, else xla"
@@ -79,7 +79,7 @@ def attend(
     softcap: float | None = None,
     implementation: str = "xla",
 ) -> Partial:
-    """`lcx.attention.attend` by an implementation.
+    """`lcx.ops.attention.attend` by an implementation.
 
     Args:
       q, sources, q_pos, scale, allow, reach, softcap: as there.
@@ -127,7 +127,7 @@ def check_visits(implementation: str, visits: str) -> None:
 
 
 def score_minmax(q, low, high, *, implementation: str = "xla") -> jax.Array:
-    """`lcx.scores.score_minmax` by an implementation, with cuDNN by XLA.
+    """`lcx.ops.block_scores.score_minmax` by an implementation, with cuDNN by XLA.
 
     Raises:
       UserError: "pallas" was named and the kernel does not serve the types or the head_dim.
@@ -140,7 +140,7 @@ def score_minmax(q, low, high, *, implementation: str = "xla") -> jax.Array:
 
 
 def score_probe(q, k, *, implementation: str = "xla", **asked) -> tuple[jax.Array, jax.Array]:
-    """`lcx.scores.score_probe` by an implementation, as `score_minmax`."""
+    """`lcx.ops.block_scores.score_probe` by an implementation, as `score_minmax`."""
     if not _scored_by_kernel(q, k, implementation):
         return scores.score_probe(q, k, **asked)
     from pallas_kernels.score_probe import score_probe as kernel

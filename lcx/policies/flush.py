@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from lcx.attention import EMPTY, used_length
 from lcx.cache import Edit, Held, Tokens
 from lcx.errors import UserError
+from lcx.ops.attention import EMPTY, used_length
 from lcx.recipe import Policy
 
 # kernels read keys [D,S] in boxes of 64 slots, and a cache of another size would be copied; 63 slots of 4,096 are 1.5 %

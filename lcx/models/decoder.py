@@ -18,11 +18,11 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from lcx.attention import EMPTY, tile_starts
-from lcx.config import ModelConfig, param_shapes
 from lcx.layer import Ctx, attention, repack, split_heads
+from lcx.model_config import ModelConfig, param_shapes
+from lcx.models.rope import inverse_frequencies, rotate
+from lcx.ops.attention import EMPTY, tile_starts
 from lcx.recipe import Recipe
-from lcx.rope import inverse_frequencies, rotate
 
 # rows of a linear layer at a time on a CPU: activations stay in cache and their pages are used again (docs/design.md)
 ROWS = 512
@@ -152,7 +152,7 @@ def _per_head(config: ModelConfig, aux) -> dict[str, jax.Array]:
 def run_block(w, x, pos, cache, aux, *, config: ModelConfig, recipe: Recipe, local: bool, implementation: str = "xla"):
     """One layer: x [B,T,E] -> (x, cache).  `w` name -> weight; `aux` the layer's arrays; `recipe` of this phase and layer.
 
-    `implementation`: of attention, as `lcx.implementation.resolve` returned it.
+    `implementation`: of attention, as `lcx.backends.choose.resolve` returned it.
     """
     q, k_raw, v = _enter(w, config, x)
     q_raw = split_heads(q, config.num_kv_heads)

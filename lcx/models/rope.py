@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx.config import ModelConfig
+from lcx.model_config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Learnt and calibrated arrays, checked when they are read."""

@@ -1,0 +1,1 @@
+"""Which code computes attention: XLA, the kernels for Hopper, cuDNN."""

@@ -1,0 +1,1 @@
+"""The decoder, its rotary positions, and loading it."""
