@@ -1,8 +1,9 @@
 """DuoAttention, Xiao et al. 2024, arXiv:2410.10819: half of the KV heads keep 64 sinks + 256 recent tokens, all in 4 bits."""
 
+from lcx.artefacts.head_split import HeadSplit
 from lcx.codecs.int_token import Int
 from lcx.experiment import Experiment
-from lcx.policies.duo import HeadSplit, duo
+from lcx.policies.duo import duo
 from lcx.recipe import Recipe
 from lcx.schedules.chunked import Chunked
 

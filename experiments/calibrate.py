@@ -22,7 +22,7 @@ def main() -> None:
     if not _OUT.value or not Path(_OUT.value).parent.is_dir():
         raise UserError(f"out={_OUT.value!r}; allowed is a JSON file in a folder that exists: --out=head_split.json")
     # what follows imports jax, which a wrong flag need not wait for
-    from lcx.measure import head_mass
+    from lcx.artefacts import head_mass
     from lcx.models.loading import load
 
     model = load(_MODEL.value, accept_licence=_ACCEPT.value)

@@ -30,10 +30,10 @@ def main() -> None:
     text = FLAGS.prompt if FLAGS.prompt is not None else cli.read_text(FLAGS.prompt_file)
     model = cli.load(found)
 
+    from lcx.generate import generate
     from lcx.measure.memory import peak_rss_bytes
     from lcx.measure.quality import make_session
     from lcx.models.loading import starts_with_bos
-    from lcx.session import generate
 
     tokenizer = model.tokenizer
     if FLAGS.chat:

@@ -82,7 +82,7 @@ def experiments() -> dict:
 
 def names_of_implementations(devices) -> list[str | None]:
     """What --implementation asks for, as `lcx.backends.choose.resolve` takes it."""
-    from lcx.backends.choose import HOPPER, PREFER_PALLAS
+    from lcx.backends.choose import AUTO, HOPPER
 
     if FLAGS.implementation is None:
         return [None]
@@ -95,7 +95,7 @@ def names_of_implementations(devices) -> list[str | None]:
         for where in devices:
             if where.target is None or where.target.capability != HOPPER:
                 raise UserError(f"implementation='pallas' on {where.name}: the kernels are for Hopper: h100, h200")
-    return [PREFER_PALLAS if name == "pallas" else name for name in found]
+    return [AUTO if name == "pallas" else name for name in found]
 
 
 def _lengths() -> list[int]:

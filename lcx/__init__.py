@@ -19,9 +19,9 @@ _HOME = {
     "Experiment": "lcx.experiment",
     "Sweep": "lcx.experiment",
     "Recipe": "lcx.recipe",
-    "Segment": "lcx.recipe",
+    "Segment": "lcx.segments",
     "Session": "lcx.session",
-    "generate": "lcx.session",
+    "generate": "lcx.generate",
     "score_text": "lcx.measure.quality",
     "score_continuation": "lcx.measure.quality",
     "run_methods": "lcx.sweep.runner",
@@ -48,10 +48,12 @@ if TYPE_CHECKING:
     from lcx.config_files import load_config
     from lcx.errors import UserError
     from lcx.experiment import Experiment, Sweep
+    from lcx.generate import generate
     from lcx.measure.quality import score_continuation, score_text
     from lcx.models.loading import Pretrained, load
-    from lcx.recipe import Recipe, Segment
-    from lcx.session import Session, generate
+    from lcx.recipe import Recipe
+    from lcx.segments import Segment
+    from lcx.session import Session
     from lcx.sweep.runner import run_methods
 
 

@@ -16,24 +16,43 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.ops.attention import EMPTY, Source
+from lcx.ops.attention import EMPTY, Source, slots_of
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes that a codec's leaves depend on: rows of the segment in one layer, channels of a head, type of exact values."""
+
+    rows: int
+    head_dim: int
+    dtype: Any
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """Shape of one array of a payload: [B, R, *before, S // per, *after]; `per` tokens share an entry."""
+    """Shape of one array of a payload: [B, R, *before, S // per, *after].
+
+    Attributes:
+      dtype: of the entries.
+      before, after: axes beside that of the slots.
+      per: tokens that share an entry; None: one entry a row, without an axis of slots.
+      rows: None for an entry in every row; 1 for one that the rows of the layer share, [B, 1, ...].
+    """
 
     dtype: Any
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
-    per: int = 1
+    per: int | None = 1
+    rows: int | None = None
 
     @property
     def axis(self) -> int:
         return 2 + len(self.before)
 
     def zeros(self, batch: int, rows: int, slots: int) -> jax.Array:
-        return jnp.zeros((batch, rows, *self.before, slots // self.per, *self.after), self.dtype)
+        rows = min(rows, self.rows or rows)
+        entries = () if self.per is None else (slots // self.per,)
+        return jnp.zeros((batch, rows, *self.before, *entries, *self.after), self.dtype)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["payload", "pos", "state"], meta_fields=[])
@@ -75,25 +94,47 @@ class Edit:
     tokens: Tokens
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["segments", "probe"], meta_fields=[])
+@dataclass(frozen=True)
+class LayerCache:
+    """Everything that one layer remembers.
+
+    Attributes:
+      segments: name -> Slots.
+      probe: the last queries of the prompt, {"q": [B,K,G,W,D], "pos": [B,W]} and "q_raw" where it is asked for; None after the prompt.
+    """
+
+    segments: dict[str, Slots]
+    probe: dict[str, jax.Array] | None = None
+
+    def __getitem__(self, name: str) -> Slots:
+        return self.segments[name]
+
+    def parts(self) -> dict[str, Any]:
+        """Name -> arrays, the probe among them, for those who count bytes."""
+        return self.segments | ({} if self.probe is None else {"(probe)": self.probe})
+
+
 @dataclass(frozen=True)
 class Store:
-    """How a codec's slots are made, read and written, for one head size and one type of exact values."""
+    """How a codec's slots are made, read and written, for one size.  `ctx` is that of the step, where there is one."""
 
     codec: Any
-    head_dim: int
-    dtype: Any
+    size: Size
+    ctx: Any = None
 
     @property
     def leaves(self) -> dict[str, Leaf]:
-        return self.codec.leaves(self.head_dim, self.dtype)
+        return self.codec.leaves(self.size)
 
     @property
     def plain(self) -> bool:
         """Whether slots hold keys and values in the model's own type, so that decoding them is no work."""
-        return self.codec.plain and all(leaf.dtype == self.dtype for leaf in self.leaves.values())
+        return self.codec.plain and all(leaf.dtype == self.size.dtype for leaf in self.leaves.values())
 
-    def empty(self, batch: int, rows: int, pos_rows: int, slots: int, state: Mapping[str, Any]) -> Slots:
-        """Slots that hold nothing.  `state` maps the name of a per-slot array to its dtype."""
+    def empty(self, batch: int, pos_rows: int, slots: int, state: Mapping[str, Any]) -> Slots:
+        """Return slots that hold nothing.  `state` maps the name of a per-slot array to its dtype."""
+        rows = self.size.rows
         return Slots(
             payload={name: leaf.zeros(batch, rows, slots) for name, leaf in self.leaves.items()},
             pos=jnp.full((batch, pos_rows, slots), EMPTY, jnp.int32),
@@ -101,27 +142,45 @@ class Store:
         )
 
     def tile(self, slots: Slots, start, size: int):
-        """k [B,R,D,size], v [B,R,size,D] of `size` neighbouring slots; `start` and `size` are multiples of the codec's page."""
+        """Return k [B,R,D,size], v [B,R,size,D] of neighbouring slots; `start` and `size` are multiples of the codec's page."""
         cut = {}
         for name, leaf in self.leaves.items():
-            cut[name] = lax.dynamic_slice_in_dim(slots.payload[name], start // leaf.per, size // leaf.per, leaf.axis)
-        k, v = self.codec.decode(cut)
-        return k[:, :, : self.head_dim], v[..., : self.head_dim]
+            x = slots.payload[name]
+            per = leaf.per
+            cut[name] = x if per is None else lax.dynamic_slice_in_dim(x, start // per, size // per, leaf.axis)
+        return self._decode(cut, lambda x: lax.dynamic_slice_in_dim(x, start, size, 2))
 
-    def gather(self, slots: Slots, idx: jax.Array):
-        """k [B,R,D,N], v [B,R,N,D] of the slots idx [B,R,N].  Only for codecs without pages."""
+    def gather(self, slots: Slots, pages: jax.Array, size: int = 1):
+        """Return k [B,R,D,N * size], v [B,R,N * size,D] of the pages [B,R,N] of `size` slots, a multiple of the codec's page."""
         cut = {}
+        total = slots.pos.shape[-1]
         for name, leaf in self.leaves.items():
-            shape = idx.shape[:2] + (1,) * len(leaf.before) + idx.shape[2:] + (1,) * len(leaf.after)
-            cut[name] = jnp.take_along_axis(slots.payload[name], idx.reshape(shape), leaf.axis)
-        return self.codec.decode(cut)
+            x = slots.payload[name]
+            if leaf.per is None:
+                cut[name] = x
+                continue
+            at = slots_of(pages[:, : leaf.rows], size // leaf.per, total // leaf.per)
+            shape = at.shape[:2] + (1,) * len(leaf.before) + at.shape[2:] + (1,) * len(leaf.after)
+            cut[name] = jnp.take_along_axis(x, at.reshape(shape), leaf.axis)
+        at = slots_of(pages, size, total)
+        return self._decode(cut, lambda x: _take(x, at))
+
+    def _decode(self, cut, pick):
+        k, v = self.codec.decode(self.ctx, cut, pick)
+        return k[:, :, : self.size.head_dim], v[..., : self.size.head_dim]
 
     def commit(self, slots: Slots, edit: Edit) -> Slots:
         """Write an edit, in place when the cache is donated.  The caller puts a barrier between reading the cache and this."""
-        payload = self.codec.encode(edit.tokens.k, edit.tokens.v, edit.tokens.pos != EMPTY)
-        new = {}
+        total = slots.pos.shape[-1]
+        payload = self.codec.encode(self.ctx, edit.tokens, lambda x: _take(x, jnp.minimum(edit.idx, total - 1)))
+        new = dict(slots.payload)
         for name, leaf in self.leaves.items():
-            new[name] = _scatter(slots.payload[name], leaf.axis, edit.idx[..., :: leaf.per] // leaf.per, payload[name])
+            if leaf.per is None:
+                # one entry a row stays as it is unless the codec makes it anew
+                new[name] = payload.get(name, new[name])
+                continue
+            at = edit.idx[:, : leaf.rows, :: leaf.per] // leaf.per
+            new[name] = _scatter(slots.payload[name], leaf.axis, at, payload[name])
         pos = _scatter(slots.pos, 2, edit.idx, edit.tokens.pos)
         state = {n: _scatter(slots.state[n], 2, edit.idx, x) for n, x in edit.tokens.state.items()}
         return replace(slots, payload=new, pos=pos, state=slots.state | state)
@@ -138,6 +197,17 @@ class Held:
     @property
     def pos(self) -> jax.Array:
         return self.slots.pos
+
+    @property
+    def rows(self) -> int:
+        """R, KV heads of the segment in this layer."""
+        return self.store.size.rows
+
+
+def _take(x: jax.Array, at: jax.Array) -> jax.Array:
+    """The slots at [B,R|1,n] of an array [B,R|1,S,...]."""
+    at = jnp.broadcast_to(at, (*x.shape[:2], at.shape[2]))
+    return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 3)), 2)
 
 
 def _scatter(target, axis: int, idx, value):

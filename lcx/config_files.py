@@ -71,6 +71,8 @@ def load_config(name: str | Path, changes: Mapping[str, str] | None = None) -> E
     config = module.get_config()
     if not isinstance(config, (Experiment, Sweep)):
         raise UserError(f"config={str(name)!r} returns a {type(config).__name__}; allowed are Experiment and Sweep")
+    if isinstance(config, Experiment) and not config.about:
+        config = dataclasses.replace(config, about=" ".join((module.__doc__ or "").split("\n\n")[0].split()))
     for key, text in (changes or {}).items():
         config = change(config, key, text)
     return config

@@ -5,22 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Protocol
 
+from lcx.artefacts.source import AuxSource
+from lcx.axes import Aux
 from lcx.errors import UserError
 from lcx.model_config import ModelConfig
-from lcx.recipe import Aux, Recipe
+from lcx.recipe import Recipe
 from lcx.schedules.chunked import Chunked, OneShot
 
 NO_PAPER: Mapping[str, float] = MappingProxyType({})
-
-
-class AuxSource(Protocol):
-    """Where a method's arrays come from; frozen, so that a config can hold it."""
-
-    def load(self, model: ModelConfig) -> Aux:
-        """One dict a layer, see `lcx.recipe.Aux`.  Raises UserError when there is none for this model."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +28,7 @@ class Experiment:
       lengths: default context lengths in tokens.
       paper: the paper's figures, name -> number, for reports.
       implementation: of attention: None, "xla", "pallas" or "cudnn", see `lcx.backends.choose`.
+      about: first paragraph of the config's docstring; the loader fills it in.
     """
 
     recipe: Recipe
@@ -44,6 +38,7 @@ class Experiment:
     lengths: tuple[int, ...] = (512, 1_024, 2_048)
     paper: Mapping[str, float] = field(default=NO_PAPER, hash=False)
     implementation: str | None = None
+    about: str = field(default="", compare=False)
 
     def load_aux(self, model: ModelConfig) -> Aux | None:
         return None if self.aux is None else self.aux.load(model)

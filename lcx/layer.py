@@ -1,104 +1,79 @@
-"""What one layer does with its attention: read the segments and the step's own tokens, merge, then write.
+"""What one layer does with its attention: `read` the segments and the step's own tokens, then `write`.
 
 `attention` serves one-shot prefill, chunked prefill and decode alike; `repack` turns the cache of the prompt into that of decoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax import lax
 
-from lcx.backends.choose import attend, check_visits
-from lcx.cache import Edit, Held, Slots, Store, Tokens
-from lcx.ops.attention import EMPTY, Near, Partial, Source, attend_visits, merge, tokens_source
-from lcx.recipe import Chain, Pattern, Recipe
+from lcx.axes import Compress, Pattern
+from lcx.backends import choose
+from lcx.cache import Edit, Held, LayerCache, Size, Slots, Store, Tokens
+from lcx.ctx import Ctx, last_places
+from lcx.ops.attention import EMPTY, Partial, Source, merge, slots_of
+from lcx.ops.masks import Near, both
+from lcx.ops.visits import Visit
+from lcx.recipe import Recipe
+from lcx.segments import Chain
+
+Heads = Mapping[str, jax.Array]  # name -> int [R], the KV heads of named segments
+Notes = dict[str, jax.Array]  # what a step counts beside its result, int32 []
+
+
+def is_raw(chain: Chain, pattern: Pattern) -> bool:
+    """Whether a chain's slots hold keys before RoPE: one property of the whole chain, whose tokens move from link to link."""
+    return pattern.turns or any(s.codec.raw for s in chain)
 
 
 @dataclass(frozen=True)
-class Ctx:
-    """What a method may look at, for the KV heads of one chain (R rows).  Arrays that nobody reads cost nothing under jit.
+class Reading:
+    """A chain as a step reads it.
 
     Attributes:
-      q: [B,R,G,T,D], rotated as attention uses it.   q_raw: before RoPE.
-      k, k_raw, v: [B,R,T,D], this step's own; k rotated as attention uses it.
-      pos: int32 [B,T], positions in the text, EMPTY for padding.
-      scale, softcap: of the logits.
-      rotate: `rotate(x, pos, axis)`, RoPE of this layer.
-      per_head: name -> [R,...], the method's arrays for these heads.
-      allow: the combined mask of pattern and model window, None where everything is visible.
-      lse, out: of the merged attention [B,R,G,T], [B,R,G,T,D]; None before attention.
-      window: the model's own window of this layer, or None.
-      implementation: of attention, as `implementation.resolve` returned it.
+      ctx: of the chain's heads, rotated and masked as its pattern wants it.
+      turned: segment name -> positions that its keys are rotated by, where they are not the slots' own.
     """
 
-    q: jax.Array
-    q_raw: jax.Array
-    k: jax.Array
-    k_raw: jax.Array
-    v: jax.Array
-    pos: jax.Array
-    scale: float
-    rotate: Callable
-    softcap: float | None = None
-    per_head: dict[str, jax.Array] | None = None
-    allow: Callable | None = None
-    lse: jax.Array | None = None
-    out: jax.Array | None = None
-    window: int | None = None
-    implementation: str = "xla"
+    chain: Chain
+    pattern: Pattern
+    ctx: Ctx
+    turned: Mapping[str, jax.Array]
 
     @property
-    def last_pos(self) -> jax.Array:
-        """int32 [B], position of the last real token of each row."""
-        return jnp.max(self.pos, axis=-1)
+    def raw(self) -> bool:
+        return is_raw(self.chain, self.pattern)
 
-    def mass(self, source: Source, mass_fn) -> jax.Array:
-        """Probability that each key of `source` gets from this step's queries, float32 [B,R,G,S].  After attention."""
-        return mass_fn(self.q, source, self.pos, self.lse, scale=self.scale, allow=self.allow, softcap=self.softcap)
-
-    def last_queries(self, count: int) -> Ctx:
-        """The same with only the last `count` real queries of each row (EMPTY in front where there are fewer)."""
-        idx = _last(self.pos, count)
-        pick = lambda x: jnp.take_along_axis(x, idx[:, None, None, :, *(None,) * (x.ndim - 4)], 3)  # noqa: E731
-        lse = None if self.lse is None else pick(self.lse)
-        return replace(
-            self, q=pick(self.q), q_raw=pick(self.q_raw), pos=jnp.take_along_axis(self.pos, idx, 1), lse=lse, out=None
-        )
-
-    def heads(self, rows: jax.Array | None) -> Ctx:
-        """The same for some of the KV heads; None means all."""
-        if rows is None:
-            return self
-        cut = {n: x[rows] for n, x in (self.per_head or {}).items()}
-        names = ("q", "q_raw", "k", "k_raw", "v")
-        return replace(self, per_head=cut, **{n: getattr(self, n)[:, rows] for n in names})
+    def held(self, segments: Mapping[str, Slots]) -> dict[str, Held]:
+        """The segments as sources."""
+        R, D = self.ctx.q.shape[1], self.ctx.q.shape[-1]
+        dtype = self.ctx.q.dtype if self.ctx.v is None else self.ctx.v.dtype
+        found = {}
+        for s in self.chain:
+            store = Store(s.codec, Size(R, D, dtype), self.ctx.for_part(s.name, "codec"))
+            slots = segments[s.name]
+            source = held_source(store, slots, self.ctx.rotate if self.raw else None, self.turned.get(s.name))
+            found[s.name] = Held(slots, source, store)
+        return found
 
 
-def _last(pos: jax.Array, count: int) -> jax.Array:
-    """int32 [B,count]: where the last `count` real tokens of each row are; rows with fewer begin with padding."""
-    order = jnp.argsort(pos != EMPTY, axis=-1, stable=True)
-    pad = max(0, count - pos.shape[-1])
-    if pad:
-        raise ValueError(f"{count} queries wanted of {pos.shape[-1]}")
-    return order[:, order.shape[1] - count :]
-
-
-def update_probe(probe: dict[str, jax.Array], q: jax.Array, pos: jax.Array) -> dict[str, jax.Array]:
-    """The last real queries of the prompt so far: {"q": [B,K,G,W,D], "pos": [B,W]}."""
-    width = probe["pos"].shape[1]
-    both_pos = jnp.concatenate([probe["pos"], pos], 1)
-    both_q = jnp.concatenate([probe["q"], q.astype(probe["q"].dtype)], 3)
-    idx = _last(both_pos, width)
-    return {
-        "q": jnp.take_along_axis(both_q, idx[:, None, None, :, None], 3),
-        "pos": jnp.take_along_axis(both_pos, idx, 1),
-    }
+def open_chain(ctx: Ctx, chain: Chain, pattern: Pattern, segments: Mapping[str, Slots]) -> Reading:
+    """A chain's ctx: rotated by the pattern's positions where it has some, masked by pattern and model window."""
+    turned: dict[str, jax.Array] = {}
+    ctx = ctx.for_part("", "pattern")
+    if pattern.turns:
+        name = chain[0].name
+        q_pos, own_pos, turned[name] = pattern.rope_pos(ctx, segments[name].pos)
+        q, k = ctx.rotate(ctx.q_raw, q_pos[:, None, None], -1), ctx.rotate(ctx.k_raw, own_pos[:, None], -1)
+        ctx = replace(ctx, q=q, k=k)
+    window = None if ctx.window is None else Near(ctx.window)
+    return Reading(chain, pattern, replace(ctx, mask=both(pattern.mask(ctx), window)), turned)
 
 
 def held_source(store: Store, slots: Slots, rotate=None, rope_pos=None) -> Source:
@@ -111,10 +86,10 @@ def held_source(store: Store, slots: Slots, rotate=None, rope_pos=None) -> Sourc
             k = rotate(k, lax.dynamic_slice_in_dim(turn, start, size, 2), -2)
         return k, v
 
-    def gather(idx):
-        k, v = store.gather(slots, idx)
+    def gather(pages, size):
+        k, v = store.gather(slots, pages, size)
         if rotate is not None:
-            k = rotate(k, jnp.take_along_axis(jnp.broadcast_to(turn, (*idx.shape[:2], turn.shape[2])), idx, 2), -2)
+            k = rotate(k, gather_pos(turn, pages, size), -2)
         return k, v
 
     as_stored = rotate is None
@@ -127,229 +102,253 @@ def held_source(store: Store, slots: Slots, rotate=None, rope_pos=None) -> Sourc
     )
 
 
-def _is_raw(recipe: Recipe, store: Store) -> bool:
-    return recipe.raw_keys or not store.codec.rotated
+def gather_pos(pos: jax.Array, pages: jax.Array, size: int) -> jax.Array:
+    """Positions [B,R,N * size] of the pages [B,R,N] of `size` slots."""
+    at = slots_of(pages, size, pos.shape[2])
+    return jnp.take_along_axis(jnp.broadcast_to(pos, (*at.shape[:2], pos.shape[2])), at, 2)
 
 
-def _stores(chain: Chain, head_dim: int, dtype) -> list[Store]:
-    return [Store(s.codec, head_dim, dtype) for s in chain]
+# ---- reading
 
 
-def _with_mask(ctx: Ctx, pattern: Pattern) -> Ctx:
-    """`ctx` with what pattern and model window let a query see."""
-    if type(pattern).allow is Pattern.allow and ctx.window is None:
-        return replace(ctx, allow=None)
+def read(
+    ctx: Ctx, recipe: Recipe, cache: LayerCache, heads: Heads, *, own: bool = True
+) -> tuple[jax.Array, jax.Array, Notes, dict[str, dict[str, jax.Array]]]:
+    """Attention of one step over what is held and, unless they are held already, its own tokens.
 
-    def allow(q_pos, kv_pos):
-        mask = pattern.allow(ctx, q_pos, kv_pos)
-        if ctx.window is None:
-            return mask
-        near = q_pos - kv_pos < ctx.window
-        return near if mask is None else mask & near
+    Args:
+      ctx: all KV heads of the layer.
+      recipe: of this phase and layer, static.
+      cache: as it is before the step writes, or after it where `own` is False.
+      heads: the KV heads of named segments.
+      own: whether the step's own tokens are read as they are, beside the segments.
 
-    return replace(ctx, allow=allow)
+    Returns:
+      (out [B,K,G,T,D], lse [B,K,G,T], notes, state): state is the pattern's, by segment, where reading changes it.
+    """
+    parts, rows, notes, state = [], [], {}, {}
+    for chain in recipe.chains:
+        index = _rows(chain, heads)
+        if index is not None and index.shape[0] == 0:
+            continue
+        reading = open_chain(ctx.heads(index), chain, recipe.pattern, cache.segments)
+        part, counted, changed = _read_chain(reading, cache, own)
+        parts.append(part)
+        rows.append(index)
+        for name, count in counted.items():
+            notes[name] = notes.get(name, 0) + count
+        state |= changed
+    whole = parts[0] if rows[0] is None else jax.tree.map(lambda *x: _unsplit(x, rows), *parts)
+    return whole.out, whole.lse, notes, state
 
 
-def _near(ctx: Ctx, pattern: Pattern) -> Near | None:
-    """What `_with_mask` lets a query see as a window with sinks; None where it is something else, or nothing is hidden."""
-    own = None if ctx.window is None else Near(ctx.window)
-    if type(pattern).allow is Pattern.allow:
-        return own
-    chosen = pattern.near(ctx)
-    if chosen is None or own is None:
-        return chosen
-    # sinks within a window of the model's are no window with sinks
-    return own if own.window <= chosen.window else (chosen if chosen.sink == 0 else None)
-
-
-def _chain_attention(ctx: Ctx, recipe: Recipe, chain: Chain, stores, cache) -> tuple[Partial, Ctx, list]:
-    """Merged attention of one chain; `ctx` comes back as it was rotated, with the positions that each segment's keys took."""
-    pattern = recipe.pattern
-    turned: dict[str, Any] = {}
-    own_pos = ctx.pos
-    if recipe.raw_keys:
-        first = cache[chain[0].name]
-        q_pos, own_pos, turned[chain[0].name] = pattern.rope_pos(ctx, first.pos)
-        ctx = replace(
-            ctx, q=ctx.rotate(ctx.q_raw, q_pos[:, None, None], -1), k=ctx.rotate(ctx.k_raw, own_pos[:, None], -1)
-        )
-
-    ctx = _with_mask(ctx, pattern)
-    selective, masked = type(pattern).allow is not Pattern.allow, ctx.allow is not None
-
-    def reach(bounds):
-        some, every = jnp.ones((), bool), jnp.ones((), bool)
-        if selective:
-            known = pattern.reach(ctx, bounds)
-            some, every = (some, jnp.zeros((), bool)) if known is None else known
-        if ctx.window is not None:
-            some &= bounds.q_lo - bounds.kv_hi < ctx.window
-            every &= bounds.q_hi - bounds.kv_lo < ctx.window
-        return some, every
-
+def _read_chain(reading: Reading, cache: LayerCache, own: bool) -> tuple[Partial, Notes, dict[str, Any]]:
+    ctx, pattern = reading.ctx, reading.pattern
+    held = reading.held(cache.segments)
+    sources = {name: h.source for name, h in held.items()}
+    if own:
+        sources["own"] = ctx.own
+    settings = {"scale": ctx.scale, "mask": ctx.mask, "implementation": ctx.implementation}
+    parts, notes, state, listed = [], {}, {}, {}
     if pattern.visits:
-        check_visits(ctx.implementation, pattern.visits)
-    settings = {"scale": ctx.scale, "allow": ctx.allow, "softcap": ctx.softcap}
-    held, parts, sources = [], [], []
-    for s, store in zip(chain, stores, strict=True):
-        slots = cache[s.name]
-        raw = ctx.rotate if _is_raw(recipe, store) else None
-        here = Held(slots, held_source(store, slots, raw, turned.get(s.name)), store)
-        held.append(here)
-        if pattern.visits == "held":
-            index, count, size = pattern.visit(ctx, here)
-            parts.append(
-                attend_visits(
-                    ctx.q, here.source, ctx.pos, index, count, size=size, block_rows=pattern.block_rows, **settings
-                )
-            )
-        else:
-            sources.append(here.source)
-    own = tokens_source(ctx.k, ctx.v, ctx.pos)
-    if pattern.visits == "own":
-        index, count, size = pattern.visit(ctx, held[0])
-        parts.append(
-            attend_visits(ctx.q, own, ctx.pos, index, count, size=size, block_rows=pattern.block_rows, **settings)
-        )
-    else:
-        sources.append(own)
-    if sources:
-        hints = {"reach": reach if masked else None, "near": _near(ctx, pattern) if masked else None}
-        parts.append(attend(ctx.q, sources, ctx.pos, implementation=ctx.implementation, **hints, **settings))
-    part = merge(parts)
-    return part, replace(ctx, lse=part.lse, out=part.out), [turned.get(s.name) for s in chain]
+        visits = pattern.visit(ctx, held, ctx.own)
+        listed, state = visits.pages, dict(visits.state or {})
+    for name, pages in listed.items():
+        for visit in [pages] if isinstance(pages, Visit) else pages:
+            part, overflow = choose.attend_visits(ctx.q, sources[name], ctx.pos, visit, **settings)
+            parts.append(part)
+            notes["overflow"] = notes.get("overflow", 0) + overflow
+    whole = [source for name, source in sources.items() if name not in listed]
+    if whole:
+        parts.append(choose.attend(ctx.q, whole, ctx.pos, **settings))
+    return merge(parts), notes, state
 
 
-def _write_chain(ctx: Ctx, recipe: Recipe, chain: Chain, stores, held: list[Held], new: Tokens) -> dict[str, Slots]:
+def _rows(chain: Chain, heads: Heads) -> jax.Array | None:
+    return None if chain[0].heads == "all" else heads[chain[0].heads]
+
+
+def _unsplit(parts: Sequence[jax.Array], rows: Sequence[jax.Array]) -> jax.Array:
+    """Parts of the KV heads [B,R,...] back into one array in the model's order."""
+    return jnp.concatenate(parts, 1)[:, jnp.argsort(jnp.concatenate(rows))]
+
+
+# ---- writing
+
+
+def write(
+    ctx: Ctx,
+    recipe: Recipe,
+    cache: LayerCache,
+    heads: Heads,
+    lse: jax.Array | None,
+    state: Mapping[str, dict[str, jax.Array]] | None = None,
+) -> LayerCache:
+    """The cache with the step's own tokens in it: each chain admits, evicts and hands down.
+
+    Args:
+      ctx, recipe, heads: as in `read`; a token whose position is EMPTY leaves no trace.
+      cache: before the step.
+      lse: what `read` returned; None where no policy asks for attention.
+      state: likewise.
+    """
+    segments = dict(cache.segments)
+    for chain in recipe.chains:
+        index = _rows(chain, heads)
+        if index is not None and index.shape[0] == 0:
+            continue
+        reading = open_chain(replace(ctx, lse=lse).heads(index), chain, recipe.pattern, cache.segments)
+        held = reading.held(cache.segments)
+        for name, changed in (state or {}).items():
+            if name in held:
+                slots = held[name].slots
+                held[name] = replace(held[name], slots=replace(slots, state=slots.state | changed))
+        here = reading.ctx
+        new = Tokens(here.k_raw if reading.raw else here.k, here.v, here.pos[:, None])
+        segments |= _write_chain(reading, held, new)
+    probe = None if cache.probe is None else update_probe(cache.probe, ctx)
+    return LayerCache(segments, probe)
+
+
+def _write_chain(reading: Reading, held: Mapping[str, Held], new: Tokens) -> dict[str, Slots]:
     """Pass `new` down the chain: each segment writes what it admits and hands down the rest."""
     written = {}
     incoming: Tokens | None = new
-    for s, store, here in zip(chain, stores, held, strict=True):
+    for s in reading.chain:
+        here = held[s.name]
         if incoming is None or here.pos.shape[-1] == 0:
             # nothing falls, or no page ever will: the texts are shorter than the segment before holds
             written[s.name] = here.slots
             continue
         count = incoming.pos.shape[-1]
-        slots, edit, handed = s.policy.edit(ctx, here, incoming)
+        slots, edit, handed = s.policy.edit(reading.ctx.for_part(s.name, "policy"), here, incoming)
 
-        def write(slots: Slots, edit: Edit, store=store, count=count) -> Slots:
-            return recipe.pattern.summarise(store, slots, store.commit(slots, edit), count)
+        def put(slots: Slots, edit: Edit, store=here.store, count=count) -> Slots:
+            after = store.commit(slots, edit)
+            return reading.pattern.summarise(reading.ctx, store, slots, after, count)
 
         if incoming is new:
-            written[s.name] = write(slots, edit)
+            written[s.name] = put(slots, edit)
         else:
             # a page falls once in many steps; the others do not encode or write
             some = jnp.any(incoming.pos != EMPTY)
-            written[s.name] = lax.cond(some, write, lambda slots, edit: slots, slots, edit)
+            written[s.name] = lax.cond(some, put, lambda slots, edit: slots, slots, edit)
         incoming = handed
     return written
 
 
-def attention(ctx: Ctx, recipe: Recipe, cache: dict[str, Any] | None, heads: dict[str, jax.Array]):
+def update_probe(probe: dict[str, jax.Array], ctx: Ctx) -> dict[str, jax.Array]:
+    """The last real queries of the prompt so far: {"q": [B,K,G,W,D], "pos": [B,W]} and "q_raw" where it is kept."""
+    width = probe["pos"].shape[1]
+    both_pos = jnp.concatenate([probe["pos"], ctx.pos], 1)
+    idx = last_places(both_pos, width)
+    result = {"pos": jnp.take_along_axis(both_pos, idx, 1)}
+    for name in probe.keys() - {"pos"}:
+        joined = jnp.concatenate([probe[name], getattr(ctx, name).astype(probe[name].dtype)], 3)
+        result[name] = jnp.take_along_axis(joined, idx[:, None, None, :, None], 3)
+    return result
+
+
+# ---- both
+
+
+def attention(
+    ctx: Ctx, recipe: Recipe, cache: LayerCache | None, heads: Heads, *, order: str = "attend"
+) -> tuple[jax.Array, LayerCache | None, Notes]:
     """Attention of one layer under a recipe, and its cache afterwards.
 
     Args:
       ctx: all KV heads of the layer.
       recipe: of this phase and layer (`Recipe.at`), static.
-      cache: segment name -> Slots, and "probe" while the prompt runs; None: no memory, the step's own tokens alone.
-      heads: name -> int [R], the KV heads of named segments.
+      cache: of this layer; None: no memory, the step's own tokens alone.
+      heads: the KV heads of named segments.
+      order: "attend" reads what is held and the step's own tokens, then writes; "write" writes first and reads every token as it is
+        stored.
 
     Returns:
-      (out float32 [B,K,G,T,D], cache or None)
+      (out float32 [B,K,G,T,D], cache or None, notes)
     """
-    head_dim, dtype = ctx.q.shape[-1], ctx.k.dtype
-    new_cache, outs, rows = {}, [], []
-    pending = []
-    for chain in recipe.chains:
-        index = None if chain[0].heads == "all" else heads[chain[0].heads]
-        if index is not None and index.shape[0] == 0:
-            new_cache |= {s.name: cache[s.name] for s in chain} if cache else {}
-            continue
-        stores = _stores(chain, head_dim, dtype)
-        here = ctx.heads(index)
-        if cache is None:
-            B, R = here.k.shape[:2]
-            none = {s.name: store.empty(B, R, 1, 0, {}) for s, store in zip(chain, stores, strict=True)}
-            part, _, _ = _chain_attention(here, recipe, chain, stores, none)
-        else:
-            part, seen, turned = _chain_attention(here, recipe, chain, stores, cache)
-            pending.append((seen, chain, stores, turned))
-        outs.append(part.out)
-        rows.append(index)
-    out = outs[0] if rows[0] is None else _unsplit(outs, rows)
     if cache is None:
-        return out, None
+        out, _, notes, _ = read(ctx, recipe, _nothing(ctx, recipe, heads), heads)
+        return out, None, notes
+    if order == "write":
+        cache = write(ctx, recipe, cache, heads, None)
+        out, _, notes, _ = read(ctx, recipe, cache, heads, own=False)
+        return out, cache, notes
+    out, lse, notes, state = read(ctx, recipe, cache, heads)
     # XLA:CPU copies a donated cache that is written before it knows that reading is over.  What is written has arrays of its own, or the
     # joint projection of queries, keys and values, three times as large, would live until then
-    own = [(seen.k_raw if _is_raw(recipe, stores[0]) else seen.k, seen.v) for seen, _, stores, _ in pending]
-    out, cache, own = lax.optimization_barrier((out, cache, own))
-    for (seen, chain, stores, turned), (k, v) in zip(pending, own, strict=True):
-        held = []
-        for s, store, rope_pos in zip(chain, stores, turned, strict=True):
-            raw = seen.rotate if _is_raw(recipe, store) else None
-            held.append(Held(cache[s.name], held_source(store, cache[s.name], raw, rope_pos), store))
-        new = Tokens(k, v, seen.pos[:, None])
-        new_cache |= _write_chain(seen, recipe, chain, stores, held, new)
-    if "probe" in cache:
-        new_cache["probe"] = update_probe(cache["probe"], ctx.q, ctx.pos)
-    return out, new_cache
+    own = (ctx.k, ctx.k_raw, ctx.v)
+    out, cache, (k, k_raw, v) = lax.optimization_barrier((out, cache, own))
+    return out, write(replace(ctx, k=k, k_raw=k_raw, v=v), recipe, cache, heads, lse, state), notes
 
 
-def _unsplit(outs, rows):
-    """Parts of the KV heads [B,R,G,T,D] back into one array in the model's order."""
-    order = jnp.argsort(jnp.concatenate(rows))
-    return jnp.concatenate(outs, 1)[:, order]
+def _nothing(ctx: Ctx, recipe: Recipe, heads: Heads) -> LayerCache:
+    """Segments without slots."""
+    segments: dict[str, Slots] = {}
+    B, K, _, D = ctx.k.shape
+    for chain in recipe.chains:
+        index = _rows(chain, heads)
+        size = Size(K if index is None else index.shape[0], D, ctx.k.dtype)
+        segments |= {s.name: Store(s.codec, size).empty(B, 1, 0, {}) for s in chain}
+    return LayerCache(segments)
 
 
-def repack(ctx: Ctx, old_recipe: Recipe, recipe: Recipe, cache, empty, heads: dict[str, jax.Array]):
+# ---- the end of the prompt
+
+
+def repack(
+    ctx: Ctx,
+    old_recipe: Recipe,
+    recipe: Recipe,
+    cache: LayerCache,
+    empty: Mapping[str, Slots],
+    heads: Heads,
+    widths: Mapping[str, int],
+) -> LayerCache:
     """The cache of the prompt turned into that of decoding: choose, then write what stays into new segments.
 
     Args:
-      ctx: `q`, `pos` are the probe (the last queries of the prompt); the rest is not read.
+      ctx: `q`, `pos` are the probe (the last queries of the prompt); k and v are None.
       old_recipe, recipe: of prefill and of decode for this layer.
       cache: of prefill.
-      empty: an empty cache of decode for the segments that compress; segments without are passed through.
-      heads: as in `attention`.
+      empty: name -> empty segment of decode, of the chains that compress; the others are passed through.
+      heads: as in `read`.
+      widths: first segment of a chain -> most tokens that stay.
     """
-    head_dim, dtype = ctx.q.shape[-1], ctx.k.dtype
-    result = {}
+    result: dict[str, Slots] = {}
     for chain, old_chain in zip(recipe.chains, old_recipe.chains, strict=True):
-        first = chain[0]
-        if first.compress is None:
+        compress = chain[0].compress
+        index = _rows(chain, heads)
+        if compress is None:
             result |= {s.name: cache[s.name] for s in chain}
             continue
-        slots = cache[first.name]
-        if slots.payload["k"].shape[1] == 0:
+        if index is not None and index.shape[0] == 0:
             result |= {s.name: empty[s.name] for s in chain}
             continue
-        here = ctx.heads(None if first.heads == "all" else heads[first.heads])
-        old = Store(old_chain[0].codec, head_dim, dtype)
-        raw = _is_raw(old_recipe, old)
-        held = Held(slots, held_source(old, slots, here.rotate if raw else None), old)
+        here = ctx.heads(index)
         # the probe votes with what it saw
-        new = _choose(first.compress, _with_mask(here, old_recipe.pattern), held, old)
-        stores = _stores(chain, head_dim, dtype)
-        blank = [Held(empty[s.name], held_source(st, empty[s.name]), st) for s, st in zip(chain, stores, strict=True)]
-        result |= _write_chain(here, recipe, chain, stores, blank, new)
-    return result
+        before = open_chain(here, old_chain, old_recipe.pattern, cache.segments)
+        held = before.held(cache.segments)[old_chain[0].name]
+        kept = _choose(compress, before.ctx.for_part(chain[0].name, "compress"), held, widths[chain[0].name])
+        after = Reading(chain, recipe.pattern, here, {})
+        result |= _write_chain(after, after.held(empty), kept)
+    return LayerCache(result)
 
 
-def _choose(compress, ctx: Ctx, held: Held, store: Store) -> Tokens:
-    """The `budget` best tokens of each row in the order of the text; empty places come last."""
-    R, S = held.slots.payload["k"].shape[1], held.pos.shape[-1]
-    budget = min(compress.budget, S)
-    score = compress.score(ctx, held)
-    rows = 1 if compress.shared else R
+def _choose(compress: Compress, ctx: Ctx, held: Held, most: int) -> Tokens:
+    """The best tokens of each row in the order of the text; empty places come last."""
+    S = held.pos.shape[-1]
+    width = min(most, S)
+    rows = 1 if compress.shared else held.rows
     pos = jnp.broadcast_to(held.pos, (held.pos.shape[0], rows, S))
-    score = jnp.where(pos == EMPTY, -jnp.inf, score)
-    _, kept = lax.top_k(score, budget)
-    order = jnp.argsort(jnp.where(jnp.take_along_axis(pos, kept, -1) == EMPTY, S, kept), -1)
-    kept = jnp.take_along_axis(kept, order, -1)
-    kept_pos = jnp.take_along_axis(pos, kept, -1)
-    k, v = store.gather(held.slots, jnp.broadcast_to(kept, (kept.shape[0], R, budget)))
+    score = jnp.where(pos == EMPTY, -jnp.inf, compress.score(ctx, held))
+    keep = compress.keep(ctx, jnp.sum(pos[:, 0] != EMPTY, -1))
+    _, kept = lax.top_k(score, width)
+    # layers share a width, and have budgets of their own: what ranks behind the budget is not kept
+    behind = jnp.arange(width) >= jnp.reshape(keep, (-1, 1, 1))
+    kept_pos = jnp.where(behind, EMPTY, jnp.take_along_axis(pos, kept, -1))
+    order = jnp.argsort(jnp.where(kept_pos == EMPTY, S, kept), -1)
+    kept, kept_pos = jnp.take_along_axis(kept, order, -1), jnp.take_along_axis(kept_pos, order, -1)
+    k, v = held.store.gather(held.slots, jnp.broadcast_to(kept, (kept.shape[0], held.rows, width)))
     return Tokens(k.swapaxes(2, 3), v, kept_pos)
-
-
-def split_heads(x: jax.Array, num_kv_heads: int) -> jax.Array:
-    """[B,T,H,D] -> [B,K,G,T,D]."""
-    return rearrange(x, "B T (K G) D -> B K G T D", K=num_kv_heads)

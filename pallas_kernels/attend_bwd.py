@@ -215,7 +215,7 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, softcap,
                 p = jnp.exp2(s * unit - rows_of(row_lse, s.shape, 0))
                 ds = p * (dp - rows_of(row_delta, s.shape, 0))
                 ds = (ds if slope is None else ds * slope).astype(q.dtype)
-                multiply_ds = lambda dq: plgpu.wgmma(dq, ds, k_smem.at[slot].transpose((1, 0)))  # noqa: E731
+                multiply_ds = lambda dq: plgpu.wgmma(dq, ds, k_smem.at[slot].transpose((1, 0)))
                 dq = pl.run_state(multiply_ds)(plgpu.ACC.init(dq))
                 plgpu.barrier_arrive(k_free.at[slot])
                 return dq, following

@@ -277,7 +277,7 @@ def _products(a, bs, limit, scale: float, tile: ScoreTile, *, group: int | None 
                 # a row that sees nothing of the tile takes 0, so that its hidden columns are exp2(HIDDEN) = 0
                 level = jnp.where(high < HIDDEN / 2, 0.0, high)
                 p = jnp.exp2(s * unit - lax.broadcast_in_dim(level, s.shape, [0])).astype(jnp.float16)
-                add = lambda acc: plgpu.wgmma(acc, p, ones_smem.transpose((1, 0)))  # noqa: E731
+                add = lambda acc: plgpu.wgmma(acc, p, ones_smem.transpose((1, 0)))
                 sums = pl.run_state(add)(plgpu.ACC.init(empty(HALF, wide)))
                 # the copies of the tile before have read the buffers
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)

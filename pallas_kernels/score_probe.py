@@ -207,7 +207,7 @@ def _call(q, k, lse, lengths, scale, window, softcap, T, tile: ProbeTile):
 
             plgpu.wait_smem_to_gmem(0)
 
-    shape = lambda *sizes: jax.ShapeDtypeStruct((B, H, *sizes), jnp.float32)  # noqa: E731
+    shape = lambda *sizes: jax.ShapeDtypeStruct((B, H, *sizes), jnp.float32)
     return plgpu.kernel(
         body,
         out_type=(shape(S), shape(tiles, 2 * SIZE)) if summing else (shape(2 * runs, HALF), shape(2 * runs, HALF)),

@@ -56,8 +56,8 @@ class NaiveModel:
     def __post_init__(self):
         c = self.config
         self.weights = {n: np.asarray(w).astype(np.float64) for n, w in self.weights.items()}
-        none = lambda *shape: np.zeros((0, *shape))  # noqa: E731
-        blank = lambda: Held(none().astype(int), none(c.head_dim), none(c.head_dim), none(c.head_dim), none())  # noqa: E731
+        none = lambda *shape: np.zeros((0, *shape))
+        blank = lambda: Held(none().astype(int), none(c.head_dim), none(c.head_dim), none(c.head_dim), none())
         self.held = [[blank() for _ in range(c.num_kv_heads)] for _ in range(c.num_layers)]
 
     def frequencies(self, local):

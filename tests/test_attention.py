@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcx.ops.attention import Partial, Source, attend, attend_visits, mass, merge, tokens_source
+from lcx.ops.attention import Partial, Source, attend, mass, merge, tokens_source
+from lcx.ops.visits import attend_visits
 
 EMPTY = -1
 # f32: at most 200 keys, sums in another order; bf16, f16: the probabilities are rounded to the model's type before they meet the values
@@ -331,7 +332,7 @@ def test_gradient_of_rows_that_see_nothing_at_all_is_zero():
     case = Case(6, 6, 4, 4)
     q, k, v, _, _ = make(case, 0)
     pos = jnp.full((1, 6), EMPTY)
-    loss = lambda q, k, v: attend(q, tokens_source(k, v, pos), pos, scale=1.0, q_tile=4, kv_tile=4).out.sum()  # noqa: E731
+    loss = lambda q, k, v: attend(q, tokens_source(k, v, pos), pos, scale=1.0, q_tile=4, kv_tile=4).out.sum()
     for grad in jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v):
         assert not np.asarray(grad).any()
 
@@ -527,7 +528,7 @@ def test_logits_of_a_long_step_are_never_held_at_once(grad):
     T, D = 8_192, 16
     q, k = jnp.zeros((1, 1, 1, T, D)), jnp.zeros((1, 1, T, D))
     pos = jnp.arange(T)[None]
-    run = lambda q, k, v: attend(q, tokens_source(k, v, pos), pos, scale=1.0).out.sum()  # noqa: E731
+    run = lambda q, k, v: attend(q, tokens_source(k, v, pos), pos, scale=1.0).out.sum()
     run = jax.grad(run, (0, 1, 2)) if grad else run
     temp = jax.jit(run).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
     # all logits are 256 MiB; one tile row in the backward pass, 512 x 8,192, is 16 MiB and has a few companions

@@ -19,8 +19,9 @@ from naive_model import Held as Memory
 from naive_model import NaiveModel
 from test_model import ATOL, LLAMA, text, weights_of
 
+from lcx.axes import Exact, KeepAll
 from lcx.cache import Edit, Held, Store, Tokens
-from lcx.codecs.exact import Cast, Exact
+from lcx.codecs.exact import Cast
 from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import Kivi, chain
 from lcx.codecs.packing import pack, unpack
@@ -28,7 +29,7 @@ from lcx.errors import UserError
 from lcx.layer import held_source
 from lcx.models.decoder import Layers, Model
 from lcx.ops.attention import attend
-from lcx.policies.flush import Flush, KeepAll
+from lcx.policies.flush import Flush
 from lcx.policies.snapkv import SnapKV
 from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked

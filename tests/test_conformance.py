@@ -14,29 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcx.artefacts.head_split import split_by_score
+from lcx.axes import Exact
 from lcx.cache import Slots, Store, device_bytes, shape_bytes
-from lcx.codecs.exact import Exact
 from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import chain
 from lcx.config_files import all_configs, change, load_config
 from lcx.errors import UserError
 from lcx.experiment import Experiment
 from lcx.model_config import ModelConfig
-from lcx.models.decoder import (
-    Layers,
-    Model,
-    block_program,
-    embed_program,
-    last_rows,
-    logits_program,
-    random_weights,
-    repack_program,
-)
+from lcx.models.decoder import Layers, Model, embed_program, last_rows, logits_program, random_weights
 from lcx.ops.attention import EMPTY
 from lcx.policies.base import Evict
-from lcx.policies.duo import duo, split_by_score
+from lcx.policies.duo import duo
 from lcx.policies.sink_window import SinkWindow
 from lcx.policies.snapkv import SnapKV
+from lcx.programs import block_program, repack_program
 from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked, OneShot
 from lcx.session import Session
@@ -92,8 +85,8 @@ def both(*changes):
 
 KIVI_SMALL = {"0__0__policy__keep": 8, "0__0__policy__page": 8, "0__1__codec__group_size": 8}
 KIVI_SMALL = fields(**{"segments__" + k: v for k, v in KIVI_SMALL.items()})
-NO_PAGES = lambda n: fields(segments__0__0__policy__keep=n)  # noqa: E731
-WIDE = lambda n: fields(segments__1__policy__window=n)  # noqa: E731
+NO_PAGES = lambda n: fields(segments__0__0__policy__keep=n)
+WIDE = lambda n: fields(segments__1__policy__window=n)
 
 
 @dataclass(frozen=True)

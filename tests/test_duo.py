@@ -16,15 +16,17 @@ import pytest
 from naive_model import NaiveModel
 
 from lcx import texts
+from lcx.artefacts.head_split import HeadSplit, split_by_score
+from lcx.axes import Exact
 from lcx.cache import device_bytes
-from lcx.codecs.exact import Cast, Exact
+from lcx.codecs.exact import Cast
 from lcx.codecs.int_token import Int
 from lcx.errors import UserError
 from lcx.measure import head_mass
 from lcx.model_config import ModelConfig
 from lcx.models.decoder import Layers, Model, random_weights
 from lcx.policies import duo as duo_file
-from lcx.policies.duo import HeadSplit, duo, split_by_score
+from lcx.policies.duo import duo
 from lcx.recipe import Recipe
 from lcx.schedules.chunked import Chunked
 from lcx.session import Session
@@ -144,7 +146,7 @@ def test_each_step_attends_first_and_forgets_afterwards(chunk):
 
     def keep(heads):
         streams = STREAMING[next(layer)]
-        kept = lambda pos: np.flatnonzero((pos < SINK) | (pos > pos.max() - WINDOW))  # noqa: E731
+        kept = lambda pos: np.flatnonzero((pos < SINK) | (pos > pos.max() - WINDOW))
         return [kept(h.pos) if i in streams else np.arange(len(h.pos)) for i, h in enumerate(heads)]
 
     naive = NaiveModel(TINY, weights_of(TINY), keep=keep)

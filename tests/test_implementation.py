@@ -9,10 +9,11 @@ import pytest
 from interpret_support import interpreted
 from test_model import LLAMA, weights_of
 
-from lcx.backends.choose import PREFER_PALLAS, attend, check_visits, resolve, score_minmax, score_probe
+from lcx.backends.choose import AUTO, attend, check_visits, resolve, score_minmax, score_probe
 from lcx.errors import UserError
 from lcx.models.decoder import Layers, Model
-from lcx.ops.attention import EMPTY, Near, Source, tokens_source
+from lcx.ops.attention import EMPTY, Source, tokens_source
+from lcx.ops.masks import Near
 from lcx.patterns.minference import MInference
 from lcx.recipe import Recipe
 from lcx.session import Session
@@ -50,7 +51,7 @@ def held_positions(S, used, rows):
 
 def compare(q, sources, pos, **mask):
     want = attend(q, sources, pos, scale=SCALE, **mask)
-    run = lambda q, pos: attend(q, sources, pos, scale=SCALE, implementation="pallas", **mask)  # noqa: E731
+    run = lambda q, pos: attend(q, sources, pos, scale=SCALE, implementation="pallas", **mask)
     got = interpreted(run)(q, pos)
     some = np.isfinite(np.asarray(want.lse))
     np.testing.assert_array_equal(np.isfinite(np.asarray(got.lse)), some)
@@ -103,12 +104,12 @@ def test_what_cannot_be_honoured_is_refused_or_left_to_xla():
             attend(q, [source], pos, scale=SCALE, implementation=name, **mask)
     with pytest.raises(UserError, match="queries of float32"):
         attend(q.astype(jnp.float32), [own], pos, scale=SCALE, implementation="pallas")
-    got = attend(q, [held], pos, scale=SCALE, implementation=PREFER_PALLAS)
+    got = attend(q, [held], pos, scale=SCALE, implementation=AUTO)
     assert np.isneginf(np.asarray(got.lse)).all() and np.isfinite(np.asarray(want.lse)).all()
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("implementation", ["pallas", PREFER_PALLAS])
+@pytest.mark.parametrize("implementation", ["pallas", AUTO])
 def test_scores_of_patterns_go_through_the_kernels(implementation):
     q, k = tokens(0, B, K, 2, 16, D), tokens(1, B, K, D, 100)
     for score, args, asked in (
@@ -137,12 +138,12 @@ def test_page_lists_are_refused_where_another_implementation_is_named():
     with pytest.raises(UserError, match="implementation='pallas': the pattern lists pages of held keys"):
         check_visits("pallas", "held")
     # what is held is XLA's with cuDNN in any case
-    for name, visits in (("cudnn", "held"), ("xla", "own"), (PREFER_PALLAS, "own"), (PREFER_PALLAS, "held")):
+    for name, visits in (("cudnn", "held"), ("xla", "own"), (AUTO, "own"), (AUTO, "held")):
         check_visits(name, visits)
 
 
 def test_a_device_that_is_not_hopper_gets_xla():
-    assert resolve(None, (9, 0)) == PREFER_PALLAS
+    assert resolve(None, (9, 0)) == AUTO
     assert resolve(None, (8, 0)) == resolve(None) == "xla"
     assert resolve("pallas", (9, 0)) == "pallas" and resolve("cudnn", (8, 0)) == "cudnn"
     with pytest.raises(UserError, match=r"the kernels are for Hopper \(H100, H200\), not compute capability 8.0"):

@@ -8,7 +8,7 @@ import pytest
 from aot_support import compile_kernel
 
 from experiments.gpu.decode import abstract_pages
-from lcx.backends.choose import PREFER_PALLAS, attend
+from lcx.backends.choose import AUTO, attend
 from lcx.ops.attention import Source
 from pallas_kernels.attend_bwd import attend_with_gradient
 from pallas_kernels.decode import decode
@@ -30,11 +30,11 @@ def shape(*sizes, dtype=jnp.bfloat16):
 )
 def test_attend(G, T, S, D):
     def run(q, k, v, pos, q_pos):
-        tile = lambda start, size: (  # noqa: E731
+        tile = lambda start, size: (
             jax.lax.dynamic_slice_in_dim(k, start, size, 3),
             jax.lax.dynamic_slice_in_dim(v, start, size, 2),
         )
-        return attend(q, [Source(pos, tile, plain=True)], q_pos, scale=0.1, implementation=PREFER_PALLAS)
+        return attend(q, [Source(pos, tile, plain=True)], q_pos, scale=0.1, implementation=AUTO)
 
     q, k, v = shape(2, 3, G, T, D), shape(2, 3, D, S), shape(2, 3, S, D)
     compile_kernel(run, q, k, v, shape(2, 1, S, dtype=jnp.int32), shape(2, T, dtype=jnp.int32)).check()
@@ -43,7 +43,7 @@ def test_attend(G, T, S, D):
 @pytest.mark.parametrize(("G", "T", "S", "D"), [(3, 77, 201, 64), pytest.param(1, 130, 1_001, 80, marks=SLOW)])
 def test_gradients(G, T, S, D):
     def run(q, k, v):
-        loss = lambda *x: attend_with_gradient(*x, scale=0.1, mask=Mask(causal=True), q_offset=S - T).out.sum()  # noqa: E731
+        loss = lambda *x: attend_with_gradient(*x, scale=0.1, mask=Mask(causal=True), q_offset=S - T).out.sum()
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
     compile_kernel(run, shape(2, 3, G, T, D), shape(2, 3, D, S), shape(2, 3, S, D)).check()

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from lcx.backends.choose import PREFER_PALLAS, resolve
+from lcx.artefacts.head_split import split_by_score
+from lcx.backends.choose import AUTO, resolve
 from lcx.cache import shape_bytes
 from lcx.codecs.exact import Cast
 from lcx.codecs.int_token import Int
@@ -19,12 +20,13 @@ from lcx.codecs.kivi import chain
 from lcx.codecs.paged import chain as paged_chain
 from lcx.errors import UserError
 from lcx.model_config import ModelConfig, param_shapes
-from lcx.models.decoder import Block, Layers, block_program, logits_program
+from lcx.models.decoder import Block, Layers, logits_program
 from lcx.patterns.quest import Quest
 from lcx.plan.targets import TARGETS, compile_device, compile_for, gpu_target
-from lcx.policies.duo import duo, split_by_score
+from lcx.policies.duo import duo
 from lcx.policies.h2o import H2O
 from lcx.policies.sink_window import SinkWindow
+from lcx.programs import block_program
 from lcx.recipe import Recipe, Segment
 from lcx.session import Session
 
@@ -112,7 +114,7 @@ def cache_bytes(recipe, phase, dtype):
     aux = HALF if any(c[0].heads != "all" for c in recipe.chains) else None
     layer = LLAMA3_8B.num_layers - 1
     sizes = recipe.capacities(phase, TOKENS, 0)
-    make = lambda: recipe.init_layer(LLAMA3_8B, layer, phase, sizes, aux, 1, dtype)  # noqa: E731
+    make = lambda: recipe.init_layer(LLAMA3_8B, layer, phase, sizes, aux, 1, dtype)
     return shape_bytes(jax.eval_shape(make))
 
 
@@ -136,7 +138,7 @@ def test_the_kernels_need_no_more_than_xla(name, phase, tokens):
     """But for half a MiB in decode: parts of a split step, lists, and this step's own token padded to a tile."""
     plans = [
         block_memory(recipes(None)[name], phase, tokens, jnp.bfloat16, h200(), implementation)
-        for implementation in ("xla", PREFER_PALLAS)
+        for implementation in ("xla", AUTO)
     ]
     assert plans[0].argument_size_in_bytes == plans[1].argument_size_in_bytes
     assert plans[1].temp_size_in_bytes <= plans[0].temp_size_in_bytes + (2**19 if phase == "decode" else 0)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from naive_model import NaiveModel, turn
 
+from lcx.axes import KeepAll
 from lcx.model_config import ModelConfig, num_params, param_shapes
 from lcx.models.decoder import Layers, Model, random_weights
 from lcx.models.rope import inverse_frequencies, rotate
-from lcx.policies.flush import KeepAll
 from lcx.policies.sink_window import SinkWindow
 from lcx.recipe import Recipe, Segment
 from lcx.session import Session, generate

@@ -7,16 +7,19 @@ import pytest
 from interpret_support import interpreted
 from test_kernel_decode import PAYLOADS, dequantised
 
-from lcx.backends.choose import PREFER_PALLAS, attend
+from lcx.artefacts.head_split import split_by_score
+from lcx.axes import KeepAll
+from lcx.backends.choose import AUTO, attend
 from lcx.cache import Edit, Store, Tokens
 from lcx.codecs.paged import Paged, chain
 from lcx.errors import UserError
 from lcx.layer import held_source
 from lcx.model_config import ModelConfig
-from lcx.models.decoder import Layers, Model, block_program, random_weights
+from lcx.models.decoder import Layers, Model, random_weights
 from lcx.ops.attention import EMPTY
-from lcx.policies.duo import duo, split_by_score
-from lcx.policies.flush import Flush, KeepAll
+from lcx.policies.duo import duo
+from lcx.policies.flush import Flush
+from lcx.programs import block_program
 from lcx.recipe import Recipe, Segment
 from lcx.session import Session
 from pallas_kernels.payloads import FLOATS, pack_pages, page_bytes, read_pages
@@ -141,10 +144,10 @@ def queries(G, T, D, pos):
     ("codec", "head_dim", "T", "implementation"),
     [
         pytest.param(Paged("int4"), 64, 1, "pallas", marks=pytest.mark.slow),
-        (Paged("int4", "token"), 80, 3, PREFER_PALLAS),
-        pytest.param(Paged("fp8"), 64, 3, PREFER_PALLAS, marks=pytest.mark.slow),
+        (Paged("int4", "token"), 80, 3, AUTO),
+        pytest.param(Paged("fp8"), 64, 3, AUTO, marks=pytest.mark.slow),
         pytest.param(Paged("int8"), 128, 1, "pallas", marks=pytest.mark.slow),
-        pytest.param(Paged("int2", "token"), 128, 9, PREFER_PALLAS, marks=pytest.mark.slow),
+        pytest.param(Paged("int2", "token"), 128, 9, AUTO, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -159,9 +162,7 @@ def test_a_decode_step_reads_the_pages(codec, head_dim, T, implementation):
     q, pos = queries(2, T, head_dim, pos)
     scale = 0.3 * head_dim**-0.5
     # `interpreted` fails where no kernel runs
-    run = lambda q, slots, pos: attend(  # noqa: E731
-        q, [held_source(store, slots)], pos, scale=scale, implementation=implementation
-    )
+    run = lambda q, slots, pos: attend(q, [held_source(store, slots)], pos, scale=scale, implementation=implementation)
     got = interpreted(run)(q, slots, pos)
     keys, values = oracle(store, slots)
     for b, r, t in np.ndindex(B, R, T):
@@ -201,7 +202,7 @@ def test_what_the_kernel_does_not_serve_is_left_to_xla_or_refused():
         q, pos = queries(G, T, 64, np.full((B, 1), N) + np.arange(T))
         source = held_source(store, slots)
         want = attend(q, [source], pos, scale=0.1, **mask)
-        got = attend(q, [source], pos, scale=0.1, implementation=PREFER_PALLAS, **mask)
+        got = attend(q, [source], pos, scale=0.1, implementation=AUTO, **mask)
         jax.tree.map(np.testing.assert_array_equal, got, want)
         with pytest.raises(UserError, match="decoded by XLA, but for decode over pages"):
             attend(q, [source], pos, scale=0.1, implementation="pallas", **mask)

@@ -14,16 +14,15 @@ from naive_model import Held as Memory
 from naive_model import NaiveModel, activation, rms, turn
 from test_model import ATOL, LLAMA, text, weights_of
 
+from lcx.axes import CAUSAL, Causal, Exact, KeepAll
 from lcx.cache import Held, Store, Tokens
-from lcx.codecs.exact import Exact
 from lcx.codecs.int_token import Int
+from lcx.ctx import Ctx
 from lcx.errors import UserError
-from lcx.layer import Ctx
 from lcx.models.decoder import Layers, Model
 from lcx.patterns.minference import MInference
 from lcx.patterns.quest import Quest, Summaries
-from lcx.policies.flush import KeepAll
-from lcx.recipe import CAUSAL, Causal, Recipe, Segment
+from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked
 from lcx.session import Session
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcx.artefacts.head_split import HeadSplit
 from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import chain
 from lcx.config_files import all_configs, load_config
@@ -32,7 +33,7 @@ from lcx.plan.programs import Compiler, compile_options
 from lcx.plan.rows import make_job
 from lcx.plan.search import _last_that_fits
 from lcx.plan.targets import compile_device, compile_for, gpu_target
-from lcx.policies.duo import HeadSplit, duo
+from lcx.policies.duo import duo
 from lcx.policies.h2o import H2O
 from lcx.policies.knorm import KNorm
 from lcx.policies.sink_window import SinkWindow

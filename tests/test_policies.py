@@ -17,13 +17,15 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from naive_model import NaiveModel
 
+from lcx.axes import KeepAll
 from lcx.errors import UserError
 from lcx.model_config import ModelConfig
 from lcx.models.decoder import Layers, Model, random_weights
-from lcx.ops.attention import Bounds, attend, tokens_source
+from lcx.ops.attention import attend, tokens_source
+from lcx.ops.masks import Bounds
 from lcx.patterns.sink_window import AShape
 from lcx.patterns.streaming import CachePositions
-from lcx.policies.flush import Flush, KeepAll
+from lcx.policies.flush import Flush
 from lcx.policies.h2o import H2O
 from lcx.policies.knorm import KNorm
 from lcx.policies.sink_window import SinkWindow
@@ -608,7 +610,7 @@ def test_snapkv_votes_with_the_mask_of_the_pattern():
     got = run(Recipe((Segment(compress=SnapKV(BUDGET, window=3)),), AShape(2, 12)), case)
     for row in range(2):
         keep = Keep(METHODS["snapkv"].rule, BUDGET)
-        near = lambda q, k: (k < 2) | (q - k < 12)  # noqa: E731
+        near = lambda q, k: (k < 2) | (q - k < 12)
         assert_equal(got, run_oracle(case, row, keep, keep_everything, allow=near), row)
 
 

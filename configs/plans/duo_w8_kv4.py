@@ -3,9 +3,10 @@
 8-bit weights and a 4-bit KV cache; 64 sinks and 256 recent tokens, prefill in chunks of 32,000.  Plan it with --weight_bits=8.
 """
 
+from lcx.artefacts.head_split import HeadSplit
 from lcx.codecs.int_token import Int
 from lcx.experiment import Experiment
-from lcx.policies.duo import HeadSplit, duo
+from lcx.policies.duo import duo
 from lcx.recipe import Recipe
 from lcx.schedules.chunked import Chunked
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.backends.choose import attend as attend_by
-from lcx.ops.attention import Near, Partial, Source
+from lcx.ops.attention import Partial, Source
 from lcx.ops.attention import attend as reference_attend
+from lcx.ops.masks import Near
 from pallas_kernels.attend import attend
 from pallas_kernels.attend_bwd import attend_with_gradient
 from pallas_kernels.lists import ROWS, SIZE, BlockList, from_blocks
@@ -143,14 +144,13 @@ def ours(case: Case, blocks: BlockList | None = None, tile=None) -> Callable:
     scale, offset = case.head_dim**-0.5, case.tokens - case.T
     if case.kernel == "decode_slots":
         near = None if case.window is None else Near(case.window, case.sink)
-        allow = None if near is None else (lambda q, kv: (kv < near.sink) | (q - kv < near.window))
 
         def decode(q, k, v):
             source = Source(
                 jnp.arange(case.tokens, dtype=jnp.int32)[None, None].repeat(case.batch, 0), _tiles(k, v), plain=True
             )
             pos = jnp.arange(offset, case.tokens, dtype=jnp.int32)[None].repeat(case.batch, 0)
-            return attend_by(q, [source], pos, scale=scale, near=near, allow=allow, implementation="pallas")
+            return attend_by(q, [source], pos, scale=scale, mask=near, implementation="pallas")
 
         return decode
     about: dict[str, Any] = {"scale": scale, "mask": case.mask, "q_offset": offset, "blocks": blocks, "tile": tile}
@@ -177,10 +177,10 @@ def reference(case: Case) -> Callable:
     def forward(q, k, v):
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         if case.density is None:
-            allow = None if case.window is None else (lambda q, kv: (kv < case.sink) | (q - kv < case.window))
+            mask = None if case.window is None else Near(case.window, case.sink)
             pos = jnp.arange(case.tokens, dtype=jnp.int32)[None].repeat(case.batch, 0)
             source = Source(pos[:, None], _tiles(k, v), held=False, plain=True)
-            return reference_attend(q, source, pos[:, offset:], scale=scale, allow=allow)
+            return reference_attend(q, source, pos[:, offset:], scale=scale, mask=mask)
         B, K, G, T, D = q.shape
         logits = jnp.einsum("bkgtd,bkds->bkgts", q, k) * scale
         tiles = jnp.asarray(case.chosen()).reshape(1, K, G, *case.chosen().shape[2:])

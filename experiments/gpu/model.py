@@ -67,7 +67,7 @@ def _row(name: str, kernels: tuple[str, ...], program: Callable, abstract: Calla
 
 
 def _decode(name: str, case: Case, calls: int) -> Row:
-    make = lambda: decode.arrays(case, calls)  # noqa: E731
+    make = lambda: decode.arrays(case, calls)
     return Row(name, ("decode",), decode.program(case), lambda: decode.abstract(case, calls), make, calls)
 
 

@@ -83,7 +83,7 @@ def _cudnn(case: Case, args) -> Timed:
     _plain(case)
     # one query row per text sees everything: no mask, where causal would hide all but the first key
     causal = case.kernel != "decode"
-    run = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")  # noqa: E731
+    run = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     return jax_timer(_maybe_gradient(case, run), _tokens_first(args))
 
 
@@ -92,7 +92,7 @@ def _fa3(case: Case, args) -> Timed:
     if case.head_dim != 128:
         raise Absent("its wheel serves head_dim 128 alone")
     module = _need("flash_attn3_jax")
-    run = lambda q, k, v: module.flash_mha(q, k, v, softmax_scale=case.head_dim**-0.5, is_causal=True)  # noqa: E731
+    run = lambda q, k, v: module.flash_mha(q, k, v, softmax_scale=case.head_dim**-0.5, is_causal=True)
     return jax_timer(_maybe_gradient(case, run), _tokens_first(args))
 
 
@@ -137,7 +137,7 @@ def _tokamax(case: Case, args) -> Timed:
     module = _need("tokamax")
     if case.kernel == "decode":
         raise Absent("serves prefill shapes")
-    run = lambda q, k, v: module.dot_product_attention(q, k, v, is_causal=True, implementation="mosaic")  # noqa: E731
+    run = lambda q, k, v: module.dot_product_attention(q, k, v, is_causal=True, implementation="mosaic")
     return jax_timer(_maybe_gradient(case, run), _tokens_first(args))
 
 

@@ -85,7 +85,7 @@ def check_of(case: Case, on_gpu: bool) -> Check:
     if case.kernel == "decode":
         # interpreted, each of as many pieces as fill a GPU would take its time
         attend = decode.program(case, None if on_gpu else 2)
-        one = lambda q, pages, table, length: attend(q, pages, table[None], length[None])[0]  # noqa: E731
+        one = lambda q, pages, table, length: attend(q, pages, table[None], length[None])[0]
         return Check(case.name, case.kernel, one, lambda: decode.small(case), decode.reference(case))
     if case.kernel in SCORES:
         plain = jax.jit(score.reference(case))

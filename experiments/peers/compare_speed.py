@@ -119,7 +119,7 @@ def main() -> None:
         best = min(theirs, key=lambda command: np.median(theirs[command]))
         ratio = float(np.median(mine) / np.median(theirs[best]))
         rows[name] = {"lcx_s": mine, "peer_s": theirs[best], "peer": best, "ratio": ratio}
-        spread = lambda x: f"{np.median(x):.4f} s ({min(x):.4f} to {max(x):.4f})"  # noqa: E731
+        spread = lambda x: f"{np.median(x):.4f} s ({min(x):.4f} to {max(x):.4f})"
         print(
             f"{name:<15} lcx {spread(mine)}  transformers {spread(theirs[best])} [{best}]  lcx / transformers {ratio:.2f}",
             flush=True,

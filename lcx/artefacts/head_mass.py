@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx import texts
+from lcx.axes import KeepAll
 from lcx.errors import UserError
 from lcx.models.decoder import Layers, Model
 from lcx.models.loading import Pretrained, starts_with_bos
-from lcx.ops.attention import attend, merge, tokens_source
-from lcx.policies.flush import KeepAll
+from lcx.ops.attention import merge
+from lcx.ops.masks import Far, both
 from lcx.policies.sink_window import SinkWindow
 from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked
@@ -43,13 +44,8 @@ class FarMass(KeepAll):
 
     def edit(self, ctx, held, new):
         slots, edit, handed = super().edit(ctx, held, new)
-
-        def far(q_pos, kv_pos):
-            mask = (kv_pos >= self.sink) & (q_pos - kv_pos >= self.window)
-            return mask if ctx.allow is None else mask & ctx.allow(q_pos, kv_pos)
-
-        sources = (held.source, tokens_source(ctx.k, ctx.v, ctx.pos))
-        parts = [attend(ctx.q, s, ctx.pos, scale=ctx.scale, allow=far, softcap=ctx.softcap) for s in sources]
+        far = both(Far(self.window, self.sink), ctx.mask)
+        parts = [ctx.attend(source, far) for source in (held.source, ctx.own)]
         # a sum of exponentials over another is a share; padding saw nothing, and -inf minus -inf is nan
         share = jnp.exp(merge(parts).lse - jnp.where(jnp.isneginf(ctx.lse), 0.0, ctx.lse))
         return slots, replace(edit, tokens=replace(new, state={"far": share.mean(2)})), handed

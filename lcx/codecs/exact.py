@@ -1,14 +1,13 @@
-"""Slots in a float type: the model's own, or a narrower one."""
+"""Slots in a float type narrower than the model's own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from lcx.cache import Leaf
+from lcx.axes import Exact
 from lcx.errors import UserError
-from lcx.recipe import Codec
 
 TYPES = {
     "float32": jnp.float32,
@@ -17,25 +16,6 @@ TYPES = {
     "float8_e4m3": jnp.float8_e4m3fn,
     "float8_e5m2": jnp.float8_e5m2,
 }
-
-
-@dataclass(frozen=True)
-class Exact(Codec):
-    """Keys and values as they are, in the model's type.
-
-    Keys lie channel-major, [D, S]: decode on XLA:CPU reads them 4 times faster than [S, D].
-    """
-
-    plain = True
-
-    def leaves(self, head_dim, dtype):
-        return {"k": Leaf(dtype, before=(head_dim,)), "v": Leaf(dtype, after=(head_dim,))}
-
-    def encode(self, k, v, valid):
-        return {"k": k.swapaxes(2, 3), "v": v}
-
-    def decode(self, payload):
-        return payload["k"], payload["v"]
 
 
 @dataclass(frozen=True)
@@ -50,20 +30,22 @@ class Cast(Exact):
 
     dtype: str = "bfloat16"
 
+    exact = "In the model's own type; else values are rounded."
+
     def __post_init__(self):
         if self.dtype not in TYPES:
             raise UserError(f"Cast: dtype={self.dtype!r}: allowed are {', '.join(TYPES)}")
 
-    def leaves(self, head_dim, dtype):
-        return super().leaves(head_dim, TYPES[self.dtype])
+    def leaves(self, size):
+        return super().leaves(replace(size, dtype=TYPES[self.dtype]))
 
-    def encode(self, k, v, valid):
+    def encode(self, ctx, tokens, pick):
         kind = TYPES[self.dtype]
         top = float(jnp.finfo(kind).max)
-        narrow = lambda x: jnp.clip(x.astype(jnp.float32), -top, top).astype(kind)  # noqa: E731
-        return super().encode(narrow(k), narrow(v), valid)
+        narrow = lambda x: jnp.clip(x.astype(jnp.float32), -top, top).astype(kind)
+        return super().encode(ctx, replace(tokens, k=narrow(tokens.k), v=narrow(tokens.v)), pick)
 
-    def decode(self, payload):
+    def decode(self, ctx, payload, pick):
         # products in float8 are not defined everywhere; bfloat16 holds both float8 types exactly
-        wide = lambda x: x.astype(jnp.bfloat16) if x.dtype.itemsize == 1 else x  # noqa: E731
+        wide = lambda x: x.astype(jnp.bfloat16) if x.dtype.itemsize == 1 else x
         return wide(payload["k"]), wide(payload["v"])

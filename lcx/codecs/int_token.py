@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from einops import rearrange
 
+from lcx.axes import Codec
 from lcx.cache import Leaf
 from lcx.codecs.packing import dequantise, pack, quantise, ranges, unpack
 from lcx.errors import UserError
-from lcx.recipe import Codec
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Int(Codec):
     bits: int = 8
     group_size: int | None = None
 
+    exact = "Never: values are rounded."
+
     def __post_init__(self):
         if self.bits not in (2, 4, 8):
             raise UserError(f"Int: bits={self.bits!r}: allowed are 2, 4, 8")
@@ -40,14 +42,16 @@ class Int(Codec):
                 f"Int: group_size={size!r} must be an integer of at least 1, and only 2 and 4 bits have groups"
             )
 
-    def check(self, head_dim):
+    def check(self, size):
+        head_dim = size.head_dim
         group = self.group_size or head_dim
         if head_dim % group or head_dim % (8 // self.bits):
             raise UserError(
                 f"Int: head_dim={head_dim} is not a multiple of group_size={group} and of {8 // self.bits} codes a byte"
             )
 
-    def leaves(self, head_dim, dtype):
+    def leaves(self, size):
+        head_dim = size.head_dim
         codes = (head_dim * self.bits // 8,)
         groups = (head_dim // (self.group_size or head_dim),)
         kind = jnp.int8 if self.bits == 8 else jnp.uint8
@@ -72,15 +76,15 @@ class Int(Codec):
         codes = quantise(groups, scale[..., None], minimum[..., None], self.bits)
         return pack(rearrange(codes, "B R N j g -> B R N (j g)"), self.bits, -1), scale, minimum
 
-    def encode(self, k, v, valid):
+    def encode(self, ctx, tokens, pick):
         payload = {}
-        for name, x, turn in (("k", k, True), ("v", v, False)):
+        for name, x, turn in (("k", tokens.k, True), ("v", tokens.v, False)):
             for part, value in zip(("", "_scale", "_min"), self._encode(x), strict=True):
                 if value is not None:
                     payload[name + part] = value.swapaxes(2, 3) if turn else value
         return payload
 
-    def decode(self, payload):
+    def decode(self, ctx, payload, pick):
         out = []
         for name, axis in (("k", 2), ("v", 3)):
             codes, scale = payload[name], payload[name + "_scale"]

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from einops import rearrange
 
+from lcx.axes import Codec, Compress
 from lcx.cache import Leaf
 from lcx.codecs.packing import dequantise, pack, quantise, ranges, unpack
 from lcx.errors import UserError
-from lcx.ops.attention import KV_TILE
+from lcx.ops.attention import EMPTY, KV_TILE
 from lcx.policies.flush import Flush
-from lcx.recipe import Codec, Compress, Segment
+from lcx.segments import Segment
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Kivi(Codec):
     bits: int = 2
     group_size: int = 32
 
+    exact = "Never: values are rounded, but for the newest tokens, which the segment before holds."
+    small = {"group_size": 8}
+
     def __post_init__(self):
         if self.bits not in (2, 4):
             raise UserError(f"Kivi: bits={self.bits!r}: allowed are 2, 4")
@@ -44,13 +48,15 @@ class Kivi(Codec):
     def page(self) -> int:
         return self.group_size
 
-    def check(self, head_dim):
+    def check(self, size):
+        head_dim = size.head_dim
         if head_dim % self.group_size or head_dim % (8 // self.bits):
             raise UserError(
                 f"Kivi: head_dim={head_dim} is not a multiple of group_size={self.group_size} and of {8 // self.bits} codes a byte"
             )
 
-    def leaves(self, head_dim, dtype):
+    def leaves(self, size):
+        head_dim = size.head_dim
         codes, groups = (head_dim * self.bits // 8,), (head_dim // self.group_size,)
         per_page = Leaf(jnp.float16, before=(head_dim,), per=self.group_size)
         per_token = Leaf(jnp.float16, after=groups)
@@ -63,11 +69,11 @@ class Kivi(Codec):
             "v_min": per_token,
         }
 
-    def encode(self, k, v, valid):
-        g = self.group_size
-        k = rearrange(k.astype(jnp.float32), "B R (p g) D -> B R D p g", g=g)
+    def encode(self, ctx, tokens, pick):
+        g, v = self.group_size, tokens.v
+        k = rearrange(tokens.k.astype(jnp.float32), "B R (p g) D -> B R D p g", g=g)
         # a place without a token must not widen its group's range
-        valid = rearrange(valid, "B R (p g) -> B R 1 p g", g=g)
+        valid = rearrange(tokens.pos != EMPTY, "B R (p g) -> B R 1 p g", g=g)
         some = jnp.any(valid, -1)
         low = jnp.where(some, jnp.min(jnp.where(valid, k, jnp.inf), -1), 0.0)
         high = jnp.where(some, jnp.max(jnp.where(valid, k, -jnp.inf), -1), 0.0)
@@ -85,7 +91,7 @@ class Kivi(Codec):
             "v_min": v_min,
         }
 
-    def decode(self, payload):
+    def decode(self, ctx, payload, pick):
         k_wide = [jnp.repeat(payload[n], self.group_size, 3) for n in ("k_scale", "k_min")]
         v_wide = [jnp.repeat(payload[n], self.group_size, 3) for n in ("v_scale", "v_min")]
         k = dequantise(unpack(payload["k"], self.bits, 2), *k_wide)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from einops import rearrange
 
+from lcx.axes import Codec, Compress
 from lcx.cache import Leaf
 from lcx.errors import UserError
+from lcx.ops.attention import EMPTY
 from lcx.policies.flush import Flush
-from lcx.recipe import Codec, Compress, Segment
+from lcx.segments import Segment
 from pallas_kernels.payloads import FLOATS, PAGE, Pages, Payload, read_pages, stored_head_dim, write_pages
 
 KINDS = ("fp8", "int8", "int4", "int2")
@@ -35,6 +37,7 @@ class Paged(Codec):
     kind: str = "int4"
     by: str = "channel"
 
+    exact = "Never: values are rounded, but for the newest tokens, which the segment before holds."
     page = PAGE
 
     def __post_init__(self):
@@ -48,11 +51,11 @@ class Paged(Codec):
         """How a page is written."""
         return Payload(self.kind, self.by)
 
-    def check(self, head_dim):
-        stored_head_dim(head_dim)
+    def check(self, size):
+        stored_head_dim(size.head_dim)
 
-    def leaves(self, head_dim, dtype):
-        payload, stored = self.payload, stored_head_dim(head_dim)
+    def leaves(self, size):
+        payload, stored = self.payload, stored_head_dim(size.head_dim)
         kind = jnp.int16 if payload.codes else FLOATS[self.kind]
         rows = sum(map(len, payload.rows(stored).values()))
         # a page is one entry of the slots' axis
@@ -62,15 +65,15 @@ class Paged(Codec):
             "scales": Leaf(jnp.float16, after=(rows, PAGE), per=PAGE),
         }
 
-    def encode(self, k, v, valid):
-        B, R, N, _ = k.shape
-        valid = jnp.broadcast_to(valid, (B, R, N))
-        k, v = (rearrange(x, "B R (n t) D -> (B R n) t D", t=PAGE) for x in (k, v))
+    def encode(self, ctx, tokens, pick):
+        B, R, N, _ = tokens.k.shape
+        valid = jnp.broadcast_to(tokens.pos != EMPTY, (B, R, N))
+        k, v = (rearrange(x, "B R (n t) D -> (B R n) t D", t=PAGE) for x in (tokens.k, tokens.v))
         pages = write_pages(k, v, rearrange(valid, "B R (n t) -> (B R n) t", t=PAGE), self.payload)
         arrays = {"k": pages.k, "v": pages.v, "scales": pages.scales}
         return {name: rearrange(x, "(B R n) ... -> B R n ...", B=B, R=R) for name, x in arrays.items()}
 
-    def decode(self, payload):
+    def decode(self, ctx, payload, pick):
         B, R = payload["k"].shape[:2]
         k, v = read_pages(self.pages(payload))
         k = rearrange(k, "(B R n) t D -> B R D (n t)", B=B, R=R)

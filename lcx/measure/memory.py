@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from pathlib import Path
 
+from lcx.axes import Aux
 from lcx.model_config import ModelConfig, param_shapes
-from lcx.recipe import Aux, Recipe, num_rows
+from lcx.recipe import Recipe
+from lcx.segments import num_rows
+from lcx.storage import Shape
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
@@ -43,23 +47,17 @@ def machine_bytes() -> int | None:
 
 def weight_bytes(model: ModelConfig, dtype) -> int:
     """Bytes of a model's weights in one type."""
-    total = 0
-    for shape in param_shapes(model).values():
-        size = dtype.itemsize
-        for n in shape:
-            size *= n
-        total += size
-    return total
+    return sum(math.prod(shape) for shape in param_shapes(model).values()) * dtype.itemsize
 
 
 def bits_per_value(
     recipe: Recipe, model: ModelConfig, prompt: int, new_tokens: int, *, aux: Aux | None = None, dtype
 ) -> float:
     """Bits of the decode cache for each key and value channel that its slots can hold; scales, positions and state all counted."""
-    sizes = recipe.capacities("decode", prompt, new_tokens)
     values = 0
     for layer in range(model.num_layers):
-        for chain in recipe.at("decode", layer).chains:
+        sizes = recipe.capacities("decode", layer, Shape(model, prompt, new_tokens))
+        for chain in recipe.at("decode", layer, model).chains:
             rows = num_rows(model, chain[0].heads, aux, layer)
             values += sum(2 * model.head_dim * rows * sizes[s.name] for s in chain)
     return 8 * recipe.bytes(model, prompt, new_tokens, aux=aux, dtype=dtype) / values

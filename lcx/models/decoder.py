@@ -1,7 +1,6 @@
-"""One decoder for Llama, SmolLM2, Qwen2, Qwen3 and Gemma 3.  It knows no attention method: its only attention call is `layer.attention`.
+"""One decoder for Llama, SmolLM2, Qwen2, Qwen3 and Gemma 3.  It knows no attention: `lcx.programs` puts that between `enter` and `leave`.
 
-Weights and caches are per layer, and the block is the jitted unit: it compiles once per distinct (recipe, shape) and runs faster on a CPU
-than one program over all layers.  `nnx` modules hold parameters; every transform is plain jax.
+Weights are per layer.  `nnx` modules hold parameters; every transform is plain jax.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from lcx.layer import Ctx, attention, repack, split_heads
 from lcx.model_config import ModelConfig, param_shapes
 from lcx.models.rope import inverse_frequencies, rotate
 from lcx.ops.attention import EMPTY, tile_starts
-from lcx.recipe import Recipe
 
 # rows of a linear layer at a time on a CPU: activations stay in cache and their pages are used again (docs/design.md)
 ROWS = 512
@@ -110,8 +107,8 @@ def _by_rows(f, width: int, x, *others):
     return lax.platform_dependent(*arrays, cpu=in_parts, default=f)
 
 
-def _enter(w, config: ModelConfig, x):
-    """Norm, projections: raw q [B,T,H,D], k, v [B,T,K,D]."""
+def enter(w, config: ModelConfig, x):
+    """Norm and projections of one layer: q [B,K,G,T,D], k and v [B,K,T,D], before RoPE."""
     H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
 
     def project(x):
@@ -123,10 +120,10 @@ def _enter(w, config: ModelConfig, x):
     q, k, v = qkv[:, :, :H], qkv[:, :, H : H + K], qkv[:, :, H + K :]
     if config.qk_norm:
         q, k = rms_norm(q, w["q_norm"], config.norm_eps), rms_norm(k, w["k_norm"], config.norm_eps)
-    return q, k, v
+    return rearrange(q, "B T (K G) D -> B K G T D", K=K), k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
-def _leave(w, config: ModelConfig, x, out):
+def leave(w, config: ModelConfig, x, out):
     """Output projection, residual, MLP, residual.  `out` [B,K,G,T,D]."""
 
     def rows(x, out):
@@ -139,78 +136,10 @@ def _leave(w, config: ModelConfig, x, out):
     return _by_rows(rows, x.shape[-1], x, (out, 3))
 
 
-def _rotation(config: ModelConfig, local: bool):
+def rotation(config: ModelConfig, local: bool):
+    """RoPE of a layer, `rotate(x, pos, axis)`; `local`: of one that sees the model's own window."""
     inverse = inverse_frequencies(config, local)
     return lambda x, pos, axis=-1: rotate(x, pos, inverse, axis)
-
-
-def _per_head(config: ModelConfig, aux) -> dict[str, jax.Array]:
-    """The method's arrays of this layer, one entry a query head, as [K,G]."""
-    return {n: jnp.asarray(a).reshape(config.num_kv_heads, config.group) for n, a in aux.get("per_head", {}).items()}
-
-
-def run_block(w, x, pos, cache, aux, *, config: ModelConfig, recipe: Recipe, local: bool, implementation: str = "xla"):
-    """One layer: x [B,T,E] -> (x, cache).  `w` name -> weight; `aux` the layer's arrays; `recipe` of this phase and layer.
-
-    `implementation`: of attention, as `lcx.backends.choose.resolve` returned it.
-    """
-    q, k_raw, v = _enter(w, config, x)
-    q_raw = split_heads(q, config.num_kv_heads)
-    k_raw, v = k_raw.swapaxes(1, 2), v.swapaxes(1, 2)
-    turn = _rotation(config, local)
-    ctx = Ctx(
-        q=turn(q_raw, pos[:, None, None]),
-        q_raw=q_raw,
-        k=turn(k_raw, pos[:, None]),
-        k_raw=k_raw,
-        v=v,
-        pos=pos,
-        scale=config.scale,
-        rotate=turn,
-        per_head=_per_head(config, aux),
-        window=config.window if local else None,
-        implementation=implementation,
-    )
-    out, cache = attention(ctx, recipe, cache, aux.get("heads", {}))
-    return _leave(w, config, x, out), cache
-
-
-def run_repack(cache, empty, aux, *, config: ModelConfig, recipe: Recipe, old_recipe: Recipe, local: bool):
-    """The cache of a layer's prompt turned into that of decoding, `layer.repack`."""
-    slots = cache[next(c[0].name for c in recipe.chains if c[0].compress is not None)]
-    batch, dtype = slots.pos.shape[0], slots.payload["k"].dtype
-    if "probe" in cache:
-        q, pos = cache["probe"]["q"], cache["probe"]["pos"]
-    else:
-        q = jnp.zeros((batch, config.num_kv_heads, config.group, 1, config.head_dim), dtype)
-        pos = jnp.max(slots.pos, axis=(1, 2))[:, None] if slots.pos.shape[1] else jnp.full((batch, 1), EMPTY)
-    blank = jnp.zeros((batch, config.num_kv_heads, pos.shape[1], config.head_dim), dtype)
-    ctx = Ctx(
-        q=q,
-        q_raw=q,
-        k=blank,
-        k_raw=blank,
-        v=blank,
-        pos=pos,
-        scale=config.scale,
-        rotate=_rotation(config, local),
-        per_head=_per_head(config, aux),
-        window=config.window if local else None,
-    )
-    return repack(ctx, old_recipe, recipe, cache, empty, aux.get("heads", {}))
-
-
-@partial(jax.jit, static_argnames=("graph", "config", "recipe", "local", "implementation"), donate_argnames=("cache",))
-def block_program(state, x, pos, cache, aux, *, graph, config, recipe, local, implementation="xla"):
-    """`run_block` on the split module of one layer; its cache is donated and written in place."""
-    w = {n: p[...] for n, p in vars(nnx.merge(graph, state)).items() if isinstance(p, nnx.Param)}
-    return run_block(w, x, pos, cache, aux, config=config, recipe=recipe, local=local, implementation=implementation)
-
-
-@partial(jax.jit, static_argnames=("config", "recipe", "old_recipe", "local"), donate_argnames=("empty",))
-def repack_program(cache, empty, aux, *, config, recipe, old_recipe, local):
-    """`run_repack`; the empty cache is donated and filled, the old one is freed by the caller."""
-    return run_repack(cache, empty, aux, config=config, recipe=recipe, old_recipe=old_recipe, local=local)
 
 
 @partial(jax.jit, static_argnames=("scale",))

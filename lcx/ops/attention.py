@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lcx.ops.masks import Bounds, Mask
+
 EMPTY = -1  # position of a slot that holds no token
 FAR = 2**30  # above every position
 BIG = 1e30  # finite stand-in for infinity: -inf minus -inf is nan
@@ -45,7 +47,7 @@ class Source:
     Attributes:
       pos: int32 [B,R,S] or [B,1,S], position of the token in each slot, EMPTY where none.
       tile: `tile(start, size) -> k [B,R,D,size], v [B,R,size,D]`; `start` is a traced multiple of the codec's page.
-      gather: `gather(idx [B,R,N]) -> k [B,R,D,N], v [B,R,N,D]`; slots by number.
+      gather: `gather(pages [B,R,N], size) -> k [B,R,D,N * size], v [B,R,N * size,D]`; page p is the slots from p * size on.
       held: whether only a prefix is in use; then the walk ends at the last used slot and cannot be differentiated in reverse.
       plain: whether `tile(0, S)` is the stored arrays themselves, so that reading all of it at once makes no copy.
       pages: the stored arrays as the decode kernel reads them, `payloads.Pages`, those of a row in the order of its tokens; None where
@@ -60,26 +62,6 @@ class Source:
     pages: Any = None
 
 
-class Bounds(NamedTuple):
-    """Extremes of the positions in a tile of queries and a tile of keys; scalars, padding and EMPTY left out."""
-
-    q_lo: jax.Array
-    q_hi: jax.Array
-    kv_lo: jax.Array
-    kv_hi: jax.Array
-
-
-class Near(NamedTuple):
-    """A mask by distance: the `window` most recent tokens, the query's own included, and the first `sink` tokens of the text."""
-
-    window: int
-    sink: int = 0
-
-
-Allow = Callable[[jax.Array, jax.Array], jax.Array]  # (q_pos [B,1,1,T,1], kv_pos [B,R,1,1,S]) -> bool, broadcastable
-Reach = Callable[[Bounds], tuple[jax.Array, jax.Array]]  # -> (some pair may be allowed, every pair is allowed)
-
-
 def tokens_source(k: jax.Array, v: jax.Array, pos: jax.Array) -> Source:
     """This step's own tokens as a source.  `k`, `v` [B,R,T,D] in any float type, `pos` [B,T]."""
     k = k.swapaxes(2, 3)
@@ -87,10 +69,17 @@ def tokens_source(k: jax.Array, v: jax.Array, pos: jax.Array) -> Source:
     def tile(start, size):
         return lax.dynamic_slice_in_dim(k, start, size, 3), lax.dynamic_slice_in_dim(v, start, size, 2)
 
-    def gather(idx):
+    def gather(pages, size):
+        idx = slots_of(pages, size, k.shape[3])
         return jnp.take_along_axis(k, idx[:, :, None, :], 3), jnp.take_along_axis(v, idx[..., None], 2)
 
     return Source(pos=pos[:, None, :], tile=tile, gather=gather, held=False, plain=True)
+
+
+def slots_of(pages: jax.Array, size: int, slots: int) -> jax.Array:
+    """Slot numbers [...,N * size] of the pages [...,N]; those behind the last of `slots` slots name the last one."""
+    idx = pages[..., None] * size + jnp.arange(size, dtype=pages.dtype)
+    return jnp.minimum(idx.reshape(*pages.shape[:-1], -1), slots - 1)
 
 
 def used_length(pos: jax.Array, axis=None) -> jax.Array:
@@ -121,40 +110,47 @@ def _tile_stats(pos: jax.Array, size: int, fresh_only: bool = True):
     return starts, low, high, jnp.all(valid & fresh, axis=over)
 
 
-def _visible(q_pos, kv_pos, allow):
-    """bool [B,R,1|G,T,S]; q_pos [B,T], kv_pos [B,R,S]."""
+def visible(q_pos, kv_pos, mask: Mask | None):
+    """Return bool [B,R,1|G,T,S] from q_pos [B,T] and kv_pos [B,R,S]: causal, valid, and allowed by the mask."""
     q_pos = q_pos[:, None, None, :, None]
     kv_pos = kv_pos[:, :, None, None, :]
-    mask = (kv_pos != EMPTY) & (kv_pos <= q_pos)
-    return mask if allow is None else mask & allow(q_pos, kv_pos)
+    seen = (kv_pos != EMPTY) & (kv_pos <= q_pos)
+    return seen if mask is None else seen & mask.allow(q_pos, kv_pos)
 
 
-def _logits(q, k, scale, softcap):
+def _logits(q, k, scale):
     logits = jnp.einsum("brgtd,brds->brgts", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
-    logits = logits if scale is None else logits * scale
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return logits if scale is None else logits * scale
 
 
-def _update(carry, q, k, v, mask, scale, softcap, careful=True):
-    """One step of the running softmax.  `mask` None: every key is visible to every query.
+def update(carry, q, k, v, seen, scale, careful=True, weigh=None):
+    """One step of the running softmax.
 
-    `careful` False: a hidden value that is not finite makes the result nan.
+    Args:
+      carry: maximum, sum and accumulator.
+      q, k, v: [B,R,G,T,D], [B,R,D,S], [B,R,S,D].
+      seen: bool [B,R,G,T,S], or None where every key is visible to every query.
+      scale: of the logits; None where q carries it.
+      careful: False lets a hidden value that is not finite make the result nan.
+      weigh: maps the logits [B,R,G,T,S] to other ones before the mask.
     """
     m, l, acc = carry
-    logits = _logits(q, k, scale, softcap)
-    if mask is not None:
-        logits = jnp.where(mask, logits, -BIG)
+    logits = _logits(q, k, scale)
+    if weigh is not None:
+        logits = weigh(logits)
+    if seen is not None:
+        logits = jnp.where(seen, logits, -BIG)
     m_new = jnp.maximum(m, logits.max(-1))
     # a row that has seen nothing takes 0 for its maximum, so that hidden keys are exp(-BIG) = 0 without a second mask
-    top = m_new if mask is None else jnp.where(m_new == -BIG, 0.0, m_new)
+    top = m_new if seen is None else jnp.where(m_new == -BIG, 0.0, m_new)
     p = jnp.exp(logits - top[..., None])
     keep = jnp.exp(m - top)
     l = l * keep + p.sum(-1)
     p, v = p.astype(q.dtype), v.astype(q.dtype)
     new = _weighted(p, v)
-    if mask is not None and careful:
+    if seen is not None and careful:
         # 0 * nan is nan, so a hidden value that is not finite shows here; looking at every value beforehand costs as much as the product
-        new = lax.cond(jnp.any(jnp.isnan(new)), lambda: _careful(p, v, mask), lambda: new)
+        new = lax.cond(jnp.any(jnp.isnan(new)), lambda: _careful(p, v, seen), lambda: new)
     return m_new, l, acc * keep[..., None] + new
 
 
@@ -169,15 +165,32 @@ def _careful(p, v, mask):
     return jnp.where(seen[..., None], jnp.nan, _weighted(p, jnp.where(bad[..., None], 0, v)))
 
 
-def _begin(shape, d):
+def begin(shape, d):
+    """Return the carry of a running softmax over no keys yet."""
     return jnp.full(shape, -BIG), jnp.zeros(shape), jnp.zeros((*shape, d))
 
 
-def _finish(m, l, acc) -> Partial:
+def finish(m, l, acc) -> Partial:
+    """Return the attention that a running softmax has gathered."""
     some = l > 0
     l = jnp.where(some, l, 1.0)
     # a poisoned accumulator keeps its nan, an empty one is exactly 0
     return Partial(acc / l[..., None], jnp.where(some, m + jnp.log(l), -jnp.inf))
+
+
+def naive_attend(q, k, v, q_pos, kv_pos, *, scale: float, mask: Mask | None = None) -> Partial:
+    """Attention in five lines, every logit at once: the formula that `attend` computes in tiles, and its first reference in tests.
+
+    Args:
+      q: [B,R,G,T,D].   k: [B,R,D,S].   v: [B,R,S,D].
+      q_pos: int32 [B,T].   kv_pos: int32 [B,R,S].
+      scale, mask: as in `attend`.
+    """
+    logits = jnp.einsum("brgtd,brds->brgts", q, k, preferred_element_type=jnp.float32) * scale
+    logits = jnp.where(visible(q_pos, kv_pos, mask), logits, -jnp.inf)
+    lse = jax.nn.logsumexp(logits, -1)
+    p = jnp.exp(logits - jnp.where(jnp.isneginf(lse), 0.0, lse)[..., None])
+    return Partial(jnp.einsum("brgts,brsd->brgtd", p, v, preferred_element_type=jnp.float32), lse)
 
 
 def attend(
@@ -186,9 +199,7 @@ def attend(
     q_pos: jax.Array,
     *,
     scale: float,
-    allow: Allow | None = None,
-    reach: Reach | None = None,
-    softcap: float | None = None,
+    mask: Mask | None = None,
     q_tile: int | None = None,
     kv_tile: int | None = None,
 ) -> Partial:
@@ -202,9 +213,7 @@ def attend(
       source: keys and values, R rows; several count as one, of all their keys.
       q_pos: int32 [B,T], EMPTY for padding (such rows give 0).
       scale: factor on the logits.
-      allow: which visible keys a query may read, by position; None: all.
-      reach: bounds of `allow` over a tile, so that whole tiles are skipped or unmasked; None: every tile is masked.
-      softcap: logits become softcap * tanh(logits / softcap).
+      mask: which visible keys a query may read; None: all.  Its bounds skip or unmask whole tiles.
       q_tile, kv_tile: tile sizes in tokens; by default 256, or 512 for at least 2,048 queries, and `kv_tile` 2,048 for fewer than 16.
 
     Returns:
@@ -223,12 +232,12 @@ def attend(
     n_kv = kv_tile or (DECODE_KV_TILE if few else tile)
 
     def tiles(sources):
-        return _attend_tiles(q, sources, q_pos, n_q, n_kv, scale, allow, reach, softcap)
+        return _attend_tiles(q, sources, q_pos, n_q, n_kv, scale, mask)
 
     def all_at_once(s, careful):
         k, v = s.tile(0, s.pos.shape[-1])
-        mask = _visible(q_pos, s.pos, allow)
-        return _finish(*_update(_begin((B, R, G, T), D), q, k, v, mask, scale, softcap, careful))
+        seen = visible(q_pos, s.pos, mask)
+        return finish(*update(begin((B, R, G, T), D), q, k, v, seen, scale, careful))
 
     def few_queries(s):
         S = s.pos.shape[-1]
@@ -238,14 +247,14 @@ def attend(
             return all_at_once(s, careful=True)
         # a tile is a copy of its slots: about twice the time of reading them in place (S = 4,136, 2 CPU cores)
         full = 2 * used_length(s.pos) >= S
-        part = lax.cond(full, lambda: all_at_once(s, careful=False), lambda: _finish(*_begin((B, R, G, T), D)))
+        part = lax.cond(full, lambda: all_at_once(s, careful=False), lambda: finish(*begin((B, R, G, T), D)))
         # hidden values that are not finite: leaving them out of the whole product would take a copy of all values
         return lax.cond(full & ~jnp.any(jnp.isnan(part.out)), lambda: part, lambda: tiles([s]))
 
     return merge([few_queries(s) for s in sources]) if few else tiles(sources)
 
 
-def _attend_tiles(q, sources, q_pos, n_q, n_kv, scale, allow, reach, softcap) -> Partial:
+def _attend_tiles(q, sources, q_pos, n_q, n_kv, scale, mask) -> Partial:
     """`attend` in tiles of `n_q` queries and `n_kv` keys, up to each source's last used slot."""
     B, R, G, T, D = q.shape
     q_starts = tile_starts(T, n_q)
@@ -262,21 +271,19 @@ def _attend_tiles(q, sources, q_pos, n_q, n_kv, scale, allow, reach, softcap) ->
             def body(j, carry):
                 some = lows[j] <= q_hi
                 every = wholes[j] & (highs[j] <= q_lo)
-                if reach is not None:
-                    near, all_near = reach(Bounds(q_lo_real, q_hi, lows[j], highs[j]))
-                    some, every = some & near, every & all_near
-                elif allow is not None:
-                    every = jnp.zeros((), bool)
+                if mask is not None:
+                    may, sure = mask.bounds(Bounds(q_lo_real, q_hi, lows[j], highs[j]))
+                    some, every = some & may, every & sure
 
                 def masked(carry):
                     k, v = source.tile(kv_starts[j], size)
                     kp = lax.dynamic_slice_in_dim(source.pos, kv_starts[j], size, 2)
                     kp = jnp.where(kv_starts[j] + jnp.arange(size) >= j * size, kp, EMPTY)
-                    return _update(carry, qt, k, v, _visible(qp, kp, allow), scale, softcap)
+                    return update(carry, qt, k, v, visible(qp, kp, mask), scale)
 
                 def unmasked(carry):
                     k, v = source.tile(kv_starts[j], size)
-                    return _update(carry, qt, k, v, None, scale, softcap)
+                    return update(carry, qt, k, v, None, scale)
 
                 branch = jnp.where(some, jnp.where(every, 2, 1), 0)
                 return lax.switch(branch, [lambda c: c, masked, unmasked], carry)
@@ -284,10 +291,10 @@ def _attend_tiles(q, sources, q_pos, n_q, n_kv, scale, allow, reach, softcap) ->
             trips = -(-used_length(source.pos) // size) if source.held else kv_starts.shape[0]
             return lax.fori_loop(0, trips, body, carry)
 
-        carry = _begin((B, R, G, n_q), D)
+        carry = begin((B, R, G, n_q), D)
         for source, size, stat in zip(sources, sizes, stats, strict=True):
             carry = walk(source, size, *stat, carry)
-        return _finish(*carry)
+        return finish(*carry)
 
     if q_starts.shape[0] == 1:
         return one_q_tile(0)
@@ -319,57 +326,7 @@ def merge(parts: list[Partial]) -> Partial:
     return Partial(out, jnp.where(some, safe + jnp.log(total), -jnp.inf))
 
 
-def attend_visits(
-    q, source: Source, q_pos, index, count, *, size: int, scale: float, allow=None, softcap=None, block_rows: int = 0
-) -> Partial:
-    """Attention over listed pages of a source: all dynamic sparsity ends here.
-
-    Args:
-      q: [B,R,G,T,D]; T is split into Q blocks of `block_rows` consecutive queries (0: ceil(T / Q)), the last one perhaps shorter.
-      source: has `gather`.
-      q_pos: int32 [B,T].
-      index: int32 [B,R,G,Q,M], page numbers; page p is the slots p * size ... (p + 1) * size - 1.  A page listed twice counts twice.
-      count: int32 [B,R,G,Q], how many of the M are meant; the rest is not read.
-      size: slots a page; 1 lists single slots.
-      scale, allow, softcap: as in `attend`.
-    """
-    B, R, G, T, D = q.shape
-    Q, M = index.shape[3:]
-    if source.gather is None:
-        raise ValueError("this source has no `gather`: pages cannot be read")
-    gather = source.gather
-    n_q = block_rows or -(-T // Q)
-    if -(-T // n_q) != Q:
-        raise ValueError(f"T={T} queries in blocks of {n_q} are not Q={Q} blocks")
-    q = jnp.pad(q, ((0, 0),) * 3 + ((0, n_q * Q - T), (0, 0)))
-    q_pos = jnp.pad(q_pos, ((0, 0), (0, n_q * Q - T)), constant_values=EMPTY)
-    S = source.pos.shape[-1]
-    pos = jnp.broadcast_to(source.pos, (B, R, S))
-
-    def block(args):
-        i, pages, n = args  # pages [B,R,G,M], n [B,R,G]
-        slots = pages[..., None] * size + jnp.arange(size)
-        live = (jnp.arange(M) < n[..., None])[..., None] & (slots < S)
-        slots = jnp.where(live, slots, 0).reshape(B, R, G * M * size)
-        kp = jnp.take_along_axis(pos, slots, 2).reshape(B, R, G, M * size)
-        kp = jnp.where(live.reshape(kp.shape), kp, EMPTY)
-        k, v = gather(slots)
-        k = jnp.moveaxis(k.reshape(B, R, D, G, M * size), 3, 2)
-        v = v.reshape(B, R, G, M * size, D)
-        qt = lax.dynamic_slice_in_dim(q, i * n_q, n_q, 3)
-        qp = lax.dynamic_slice_in_dim(q_pos, i * n_q, n_q, 1)
-        # each query head has keys of its own: heads move into the row axis, with a group of one
-        row = lambda x: x.reshape(B, R * G, *x.shape[3:])  # noqa: E731
-        mask = _visible(qp, row(kp), allow)
-        carry = _begin((B, R * G, 1, n_q), D)
-        part = _finish(*_update(carry, row(qt)[:, :, None], row(k), row(v), mask, scale, softcap))
-        return jax.tree.map(lambda x: x.reshape(B, R, G, *x.shape[3:]), part)
-
-    parts = lax.map(block, (jnp.arange(Q), jnp.moveaxis(index, 3, 0), jnp.moveaxis(count, 3, 0)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3).reshape(B, R, G, Q * n_q, *x.shape[5:])[:, :, :, :T], parts)
-
-
-def mass(q, source: Source, q_pos, lse, *, scale: float, allow=None, softcap=None, q_tile=Q_TILE, kv_tile=KV_TILE):
+def mass(q, source: Source, q_pos, lse, *, scale: float, mask: Mask | None = None, q_tile=Q_TILE, kv_tile=KV_TILE):
     """Attention probability that each key gets, summed over the queries: float32 [B,R,G,S].
 
     Blocked attention cannot give column sums in one pass; this is the second, with `lse` known.
@@ -379,7 +336,7 @@ def mass(q, source: Source, q_pos, lse, *, scale: float, allow=None, softcap=Non
       source: S keys.
       q_pos: int32 [B,T], EMPTY for padding, which gives nothing.
       lse: [B,R,G,T], over all keys that the query saw, this source's and others'.
-      scale, allow, softcap: as in `attend`.
+      scale, mask: as in `attend`.
     """
     B, R, G, T, D = q.shape
     S = source.pos.shape[-1]
@@ -400,11 +357,11 @@ def mass(q, source: Source, q_pos, lse, *, scale: float, allow=None, softcap=Non
             qp = jnp.where(start + jnp.arange(n_q) >= i * n_q, qp, EMPTY)  # the last tile overlaps the one before
             row_lse = lax.dynamic_slice_in_dim(lse, start, n_q, 3)
 
-            def visible(acc):
-                logits = jnp.where(_visible(qp, kp, allow), _logits(qt, k, scale, softcap), -BIG)
+            def some(acc):
+                logits = jnp.where(visible(qp, kp, mask), _logits(qt, k, scale), -BIG)
                 return acc + jnp.exp(logits - row_lse[..., None]).sum(3)
 
-            return lax.cond(lows[j] <= jnp.max(qp), visible, lambda a: a, acc)
+            return lax.cond(lows[j] <= jnp.max(qp), some, lambda a: a, acc)
 
         part = lax.fori_loop(0, q_starts.shape[0], add, jnp.zeros((B, R, G, n_kv)))
         return lax.dynamic_update_slice_in_dim(total, part, kv_starts[j], 3)

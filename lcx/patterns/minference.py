@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.backends.choose import score_probe
+from lcx.axes import CAUSAL, Array, Pattern, Visits
 from lcx.errors import UserError
 from lcx.ops.attention import EMPTY
-from lcx.recipe import CAUSAL, Pattern
+from lcx.ops.visits import Visit
 
 PROBE, BLOCK = 64, 64  # last queries that estimate; rows and keys of a kernel block
 SINK_COLUMNS, NEAR_DIAGONALS = 30, 100  # always read
@@ -24,10 +24,9 @@ class MInference(Pattern):
 
     MInference 1.0, Jiang et al. 2024, arXiv:2407.02490, section 3.2; constants of the authors' code: probe of 64 queries, the first 30
     columns and the nearest 100 distances always in, blocks of 64 rows, each chosen distance d reading the 64 keys up to (end of the
-    block - d).  Every query head chooses for itself.  Per-head sizes come as data, aux[layer]["per_head"] = {"vertical": [H],
-    "slash": [H]}; without them all heads have the authors' default for heads that their search left out.  Decode is dense.  Differs:
-    ranges that overlap are joined exactly, where the authors' kernel extends by whole blocks and reads a little more.  Exact when
-    `vertical` or `slash` covers the prompt, and for prompts of up to 64 tokens.
+    block - d).  Every query head chooses for itself.  Per-head sizes come as the arrays "vertical" and "slash", int [H]; without them all
+    heads have the authors' default for heads that their search left out.  Decode is dense.  Differs: ranges that overlap are joined
+    exactly, where the authors' kernel extends by whole blocks and reads a little more.
 
     Args:
       vertical: columns, >= 1 (raised to 30).
@@ -37,21 +36,26 @@ class MInference(Pattern):
     vertical: int = 1_000
     slash: int = 6_096
 
-    visits = "own"
-    block_rows = BLOCK
+    exact = "While vertical or slash covers the prompt, and for prompts of up to 64 tokens."
+    small = {"vertical": 30, "slash": 50}
+    visits = ("own",)
     one_shot = True
 
     def __post_init__(self):
         if self.vertical < 1 or self.slash < 1:
             raise UserError(f"MInference: vertical={self.vertical} and slash={self.slash} must be at least 1")
 
-    def at(self, phase, layer):
+    def arrays(self, model):
+        size = Array(dtype=jnp.int32, per="query head", optional=True)
+        return {"vertical": size, "slash": size}
+
+    def at(self, phase, layer, model):
         return self if phase == "prefill" else CAUSAL
 
     def _sizes(self, ctx, name: str, least: int) -> jax.Array:
         """int32 [1,R,G,1]."""
         R, G = ctx.q.shape[1:3]
-        size = (ctx.per_head or {}).get(name, jnp.full((R, G), getattr(self, name)))
+        size = ctx.aux.get(name, jnp.full((R, G), getattr(self, name)))
         return jnp.maximum(size, least)[None, :, :, None]
 
     def _estimate(self, ctx):
@@ -60,18 +64,9 @@ class MInference(Pattern):
         probe = ctx.last_queries(min(PROBE, T))
         # one shot: slot s of the step holds the s-th token of the text, padding follows
         real = jnp.sum(ctx.pos != EMPTY, -1, dtype=jnp.int32)
-        return score_probe(
-            probe.q,
-            jnp.moveaxis(ctx.k, 3, 2),
-            scale=ctx.scale,
-            q_offset=real - probe.pos.shape[1],
-            kv_len=real,
-            window=ctx.window,
-            softcap=ctx.softcap,
-            implementation=ctx.implementation,
-        )
+        return ctx.score_probe(probe.q, jnp.moveaxis(ctx.k, 3, 2), q_offset=real - probe.pos.shape[1], kv_len=real)
 
-    def visit(self, ctx, held):
+    def visit(self, ctx, held, own):
         T = ctx.pos.shape[1]
         columns, diagonals = self._estimate(ctx)
         number = jnp.arange(T)
@@ -80,10 +75,11 @@ class MInference(Pattern):
         column = _best(columns, self._sizes(ctx, "vertical", LEAST_VERTICAL))
         diagonal = _best(diagonals, self._sizes(ctx, "slash", LEAST_SLASH))
         total = jnp.pad(jnp.cumsum(diagonal, -1), ((0, 0),) * 3 + ((1, 0),))
-        M = T if ctx.per_head else min(T, self._most_keys())
+        M = T if "slash" in ctx.aux else min(T, self._most_keys())
         b, r, g = (i[..., None] for i in jnp.ogrid[tuple(slice(n) for n in column.shape[:3])])
 
-        def one_block(end):
+        def listing(i):
+            end = (i + 1) * BLOCK
             # a chosen distance d below `end` reads keys max(end - d, 64) - 64 ... max(end - d, 64) - 1: count the d that cover key j
             first = jnp.clip(end - BLOCK - number, 0, T)
             last = jnp.clip(jnp.where(number < BLOCK, end, end - number), 0, T)
@@ -93,9 +89,8 @@ class MInference(Pattern):
             index = jnp.zeros((*read.shape[:-1], M), jnp.int32).at[b, r, g, place].set(number, mode="drop")
             return index, read.sum(-1, dtype=jnp.int32)
 
-        # block by block: masks of [blocks, T] would be larger than the lists that come out
-        index, count = lax.map(one_block, (jnp.arange(-(-T // BLOCK)) + 1) * BLOCK)
-        return jnp.moveaxis(index, 0, 3), jnp.moveaxis(count, 0, 3), 1
+        # block by block, when it is read: lists of all blocks would grow with the square of the prompt
+        return Visits({"own": Visit(1, BLOCK, listing=listing, most=M)})
 
     def _most_keys(self) -> int:
         """Keys that one block reads at most: columns, the band of the near diagonals, 64 for every other diagonal."""

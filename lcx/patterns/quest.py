@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.backends.choose import score_minmax
+from lcx.axes import CAUSAL, Pattern, Visits
 from lcx.errors import UserError
 from lcx.ops.attention import EMPTY, used_length
-from lcx.recipe import CAUSAL, Pattern
+from lcx.ops.visits import Visit
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Quest(Pattern):
     dense_layers: int = 2
     group_reduce: str | None = None
 
-    visits = "held"
+    exact = "While the budget covers the context."
+    small = {"budget": 12, "page": 4}
+    needs = frozenset({"ordered", "single tokens"})
+    visits = ("held",)
     least_pages = 3
 
     def __post_init__(self):
@@ -45,22 +48,30 @@ class Quest(Pattern):
         if self.group_reduce not in (None, "max"):
             raise UserError(f"Quest: group_reduce={self.group_reduce!r}: allowed are None, 'max'")
 
-    def at(self, phase, layer):
+    def at(self, phase, layer, model):
         if layer < self.dense_layers:
             return CAUSAL
         return Summaries(self.page) if phase == "prefill" else self
 
-    def layout(self, slots, head_dim, dtype):
-        return Summaries(self.page).layout(slots, head_dim, dtype)
+    def layout(self, slots, size):
+        return Summaries(self.page).layout(slots, size)
 
-    def summarise(self, store, before, after, num_new):
-        return Summaries(self.page).summarise(store, before, after, num_new)
+    def summarise(self, ctx, store, before, after, num_new):
+        return Summaries(self.page).summarise(ctx, store, before, after, num_new)
 
-    def visit(self, ctx, held):
+    def share(self, slots, group):
+        lists = 1 if self.group_reduce else group
+        return min(1.0, self.budget * lists / max(slots, 1))
+
+    def visit(self, ctx, held, own):
+        return Visits({name: self._pages(ctx, segment) for name, segment in held.items()})
+
+    def _pages(self, ctx, held):
+        """The pages of one segment with the highest upper bound of q.k."""
         low, high = (held.slots.state[n] for n in ("page_min", "page_max"))
-        score = score_minmax(ctx.q, low, high, implementation=ctx.implementation)
+        score = ctx.score_minmax(low, high)
         if self.group_reduce == "max":
-            score = jnp.broadcast_to(score.max(2, keepdims=True), score.shape)
+            score = score.max(2, keepdims=True)
         pages = score.shape[-1]
         number = jnp.arange(pages)
         if ctx.window is not None:
@@ -70,7 +81,7 @@ class Quest(Pattern):
         wanted = min(max(self.budget // self.page, self.least_pages), pages)
         _, index = lax.top_k(score, wanted)
         count = jnp.broadcast_to(jnp.minimum(used[..., 0], wanted), index.shape[:-1])
-        return index, count, self.page
+        return Visit(self.page, 1, lists=(index, count))
 
     def _near(self, ctx, held_pos, pages):
         """bool [B,R|1,1,T,pages]: whether a page has tokens in the model's own window; others would take its place for nothing."""
@@ -89,14 +100,15 @@ class Summaries(Pattern):
 
     page: int
 
-    def layout(self, slots, head_dim, dtype):
-        shape = (head_dim, -(-slots // self.page))
-        return {"page_min": (shape, dtype), "page_max": (shape, dtype)}
+    exact = "Always."
 
-    def summarise(self, store, before, after, num_new):
+    def layout(self, slots, size):
+        shape = (size.head_dim, -(-slots // self.page))
+        return {"page_min": (shape, size.dtype), "page_max": (shape, size.dtype)}
+
+    def summarise(self, ctx, store, before, after, num_new):
         S = after.pos.shape[-1]
-        pages = after.state["page_min"].shape[-1]
-        B, R = after.payload["k"].shape[:2]
+        B, R, _, pages = after.state["page_min"].shape
         # tokens are appended, so only pages from the first free slot on have changed
         touched = used_length(before.pos, axis=-1)[..., None] // self.page + jnp.arange(
             min(num_new // self.page + 2, pages)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lcx.errors import UserError
-from lcx.ops.attention import Near
-from lcx.recipe import Pattern
+from lcx.axes import Pattern
+from lcx.ops.masks import Near
+from lcx.policies.base import check_tokens
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,16 @@ class AShape(Pattern):
     sink: int = 1_024
     window: int = 4_096
 
+    exact = "While sink + window covers the context."
+    small = {"sink": 2, "window": 7}
+
     def __post_init__(self):
-        _check("sink", self.sink, 0)
-        _check("window", self.window, 1)
+        check_tokens("AShape", "sink", self.sink, 0)
+        check_tokens("AShape", "window", self.window, 1)
 
-    def allow(self, ctx, q_pos, kv_pos):
-        return (kv_pos < self.sink) | (q_pos - kv_pos < self.window)
-
-    def reach(self, ctx, bounds):
-        some = (bounds.kv_lo < self.sink) | (bounds.q_lo - bounds.kv_hi < self.window)
-        return some, (bounds.kv_hi < self.sink) | (bounds.q_hi - bounds.kv_lo < self.window)
-
-    def near(self, ctx):
+    def mask(self, ctx):
         return Near(self.window, self.sink)
 
     def with_budget(self, budget):
-        _check("budget", budget, self.sink + 1)
+        check_tokens("AShape", "budget", budget, self.sink + 1)
         return replace(self, window=budget - self.sink)
-
-
-def _check(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"AShape: {name}={value!r} must be an integer of at least {least} tokens")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from lcx.axes import Pattern
 from lcx.ops.attention import EMPTY
-from lcx.recipe import Pattern
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,10 @@ class CachePositions(Pattern):
     StreamingLLM, Xiao et al. 2023, arXiv:2309.17453, section 3.2; it goes with `policies.SinkWindow` (4 sinks).  Keys are cached
     before RoPE.  All KV heads of a row must hold equally many tokens.  Exact while nothing is evicted.
     """
+
+    exact = "While nothing is evicted."
+    needs = frozenset({"one segment"})
+    turns = True
 
     def rope_pos(self, ctx, held_pos):
         # two sorts a step of a few thousand slots; ranks that were stored would change with every eviction

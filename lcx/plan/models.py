@@ -11,17 +11,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lcx.axes import Aux
 from lcx.errors import UserError, nearest
 from lcx.experiment import Experiment
 from lcx.model_config import ModelConfig, param_shapes
 from lcx.models.decoder import Block, Layers
-from lcx.policies.duo import HeadSplit, split_by_score
 from lcx.pretrained import cache
 from lcx.pretrained.checkpoints import read_json
 from lcx.pretrained.gguf_header import open_gguf
 from lcx.pretrained.model_configs import SHAPES, config_from_gguf, config_from_hf
 from lcx.pretrained.registry import MODELS, located
-from lcx.recipe import Aux
 
 SCALE_BYTES = 2  # a float16 scale for each output channel of a matrix in 8 bits
 
@@ -125,18 +124,15 @@ def planned_aux(experiment: Experiment, config: ModelConfig, count: int = 1) -> 
       count: devices that share it; then the arrays are those of one device.
 
     Raises:
-      UserError: the method has no arrays for this model, head splits apart.
+      UserError: arrays that were named, by a file, do not fit.
     """
     source = experiment.aux
-    if not isinstance(source, HeadSplit):
-        return experiment.load_aux(config), ""
+    if source is None:
+        return None, ""
     if count == 1:
         try:
             return source.load(config), ""
         except UserError:
-            # a file that was named must be right; a model for which lcx ships no split gets one in numbers
-            if source.file is not None:
-                raise
-    part = shard(config, count)
-    aux = split_by_score([list(range(part.num_kv_heads))] * part.num_layers, source.streaming)
-    return aux, f"head split not measured: {source.streaming:.0%} streaming heads spread evenly over the layers"
+            # memory depends on shapes: a model without arrays of its own is planned with stand-ins
+            return source.stand_in(config)
+    return source.stand_in(shard(config, count))

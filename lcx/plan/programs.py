@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lcx.axes import Aux
 from lcx.cache import shape_bytes
 from lcx.experiment import Experiment
 from lcx.model_config import ModelConfig
-from lcx.models.decoder import block_program, logits_program, repack_program
+from lcx.models.decoder import logits_program
 from lcx.plan.models import abstract_layers
 from lcx.plan.targets import GpuTarget, compile_for
-from lcx.recipe import Aux
-from lcx.session import Session
+from lcx.session_programs import DECODE, PREFILL, SessionPrograms
 
 ONE_SHOT = "prefill"  # name of a step that reads the whole prompt
 
@@ -114,69 +114,51 @@ class Timeline:
 
 def timeline(setting: Setting, experiment: Experiment, length: int, aux: Aux | None) -> Timeline:
     """The programs that a prompt of `length` tokens and the steps after it run, as `Session` runs them."""
-    config, recipe = setting.config, experiment.recipe
-    session = Session(
+    config = setting.config
+    session = SessionPrograms(
         abstract_layers(config, setting.dtype),
-        recipe,
+        experiment.recipe,
         length,
         setting.new_tokens,
-        aux=aux,
-        batch=setting.batch,
-        schedule=experiment.schedule,
-        implementation=setting.implementation,
+        aux,
+        setting.batch,
+        experiment.schedule,
+        setting.implementation,
     )
-    width = experiment.schedule.width(length)
-    kinds = {phase: _first_of_kind(session.kinds[phase]) for phase in ("prefill", "decode")}
-    caches: dict[str, dict[int, Any]] = {
-        phase: {i: jax.eval_shape(lambda i=i, phase=phase: session.empty(phase, i)) for i in set(kinds[phase])}
-        for phase in kinds
-    }
     fixed = setting.weight_bytes + shape_bytes(session.aux)
-    parts: dict[tuple[str, int, int], Part] = {}
-
-    def stream(tokens: int) -> tuple[Any, Any, int]:
-        """x, pos and their bytes, with what a collective of `tokens` tokens takes."""
-        x = jax.ShapeDtypeStruct((setting.batch, tokens, config.d_model), setting.dtype)
-        pos = jax.ShapeDtypeStruct((setting.batch, tokens), jnp.int32)
-        return x, pos, shape_bytes((x, pos)) + setting.collective_bytes * setting.batch * tokens
-
-    def add(name: str, first: int, tokens: int, live: int, program, call) -> None:
-        """Layers of one kind are one part, at the layer where most is alive."""
-        key = (name, first, tokens)
-        if key not in parts or parts[key].live_bytes < live:
-            args, static = call
-            parts[key] = Part(name, first, live, program, args, static)
-
-    pairs = list(zip(kinds["prefill"], kinds["decode"], strict=True))
     moments = session.moments()
-    x, pos, stream_bytes = stream(width)
-    for phase, i, alive in moments:
-        live = fixed + alive + stream_bytes
-        if phase == "prefill":
-            first = kinds["prefill"][i]
-            call = session.block_call("prefill", first, x, pos, caches["prefill"][first])
-            add("prefill chunk" if width < length else ONE_SHOT, first, width, live, block_program, call)
-        elif phase == "repack":
-            before, after = pairs[i]
-            call = session.repack_call(i, caches["prefill"][before], caches["decode"][after])
-            add("repack", pairs.index(pairs[i]), 0, live, repack_program, call)
     held = moments[-1].cache_bytes
+    alive: dict[tuple[str, int], int] = {}
+    for phase, layer, size in moments:
+        # layers of one kind share a program; it is planned where most is alive
+        alive[phase, _kind(session, phase, layer)] = max(size, alive.get((phase, _kind(session, phase, layer)), 0))
+    parts = []
+    width = experiment.schedule.width(length)
+    stream = shape_bytes(session.step_shape(width)) + setting.collective_bytes * setting.batch * width
+    for call in session.calls(length, setting.steps):
+        live = fixed + alive[call.name, _kind(session, call.name, call.layer)]
+        name = call.name
+        if name == PREFILL:
+            name = "prefill chunk" if width < length else ONE_SHOT
+        if name != DECODE:
+            live += stream
+        else:
+            name = DECODE if call.tokens == 1 else f"step of {call.tokens:,} tokens"
+            live += shape_bytes(session.step_shape(call.tokens))
+            live += setting.collective_bytes * setting.batch * call.tokens
+        parts.append(Part(name, call.layer, live, call.program, call.args, call.static))
     last = jax.ShapeDtypeStruct((setting.batch, config.d_model), setting.dtype)
     head = (last, session.layers.norm, session.layers.head)
     static = {"eps": config.norm_eps, "tied": config.tied}
-    add("logits", 0, 1, fixed + held + stream_bytes + shape_bytes(last), logits_program, (head, static))
-    for tokens in setting.steps:
-        x, pos, stream_bytes = stream(tokens)
-        for first in kinds["decode"]:
-            call = session.block_call("decode", first, x, pos, caches["decode"][first])
-            name = "decode" if tokens == 1 else f"step of {tokens:,} tokens"
-            add(name, first, tokens, fixed + held + stream_bytes, block_program, call)
-    return Timeline(list(parts.values()), held, max(moment.cache_bytes for moment in moments))
+    parts.append(Part("logits", 0, fixed + held + stream + shape_bytes(last), logits_program, head, static))
+    return Timeline(parts, held, max(moment.cache_bytes for moment in moments))
 
 
-def _first_of_kind(kinds: Sequence[Any]) -> list[int]:
-    """For each layer the first one that shares its program."""
-    return [kinds.index(kind) for kind in kinds]
+def _kind(session: SessionPrograms, name: str, layer: int) -> Any:
+    """What a layer's program has in common with those of other layers."""
+    if name == "repack":
+        return session.repack_key(layer)
+    return session.kinds[name][layer]
 
 
 class Compiler:

@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcx.axes import Aux
 from lcx.cache import shape_bytes
 from lcx.experiment import Experiment
 from lcx.model_config import ModelConfig
 from lcx.plan.models import weight_table
 from lcx.plan.programs import Setting
 from lcx.plan.targets import GpuTarget
-from lcx.recipe import Aux, Chain, Recipe, num_rows
+from lcx.recipe import Recipe
+from lcx.segments import Chain, num_rows
+from lcx.storage import Shape
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def _attention_flops(
     config: ModelConfig, recipe: Recipe, phase: str, layer: int, length: int, width: int, aux: Aux | None
 ) -> float:
     """q.k and p.v: 4 operations a channel for every pair of a query and a key that it may read.  A step sees itself whole."""
-    here, sizes = recipe.at(phase, layer), recipe.capacities(phase, length, 0)
+    here, sizes = recipe.at(phase, layer, config), recipe.capacities(phase, layer, Shape(config, length))
     total = 0.0
     for chain in here.chains:
         most = sum(sizes[s.name] for s in chain)
@@ -92,20 +95,16 @@ def _attention_flops(
 
 def _read_bytes(setting: Setting, recipe: Recipe, layer: int, length: int, aux: Aux | None) -> float:
     """Bytes of the cache that a decode step reads: all, or the state and at most the budget of each query head where pages are chosen."""
-    sizes, here = recipe.capacities("decode", length, 0), recipe.at("decode", layer)
-
-    def make():
-        return recipe.init_layer(setting.config, layer, "decode", sizes, aux, setting.batch, setting.dtype)
-
-    cache = jax.eval_shape(make)
+    here = recipe.at("decode", layer, setting.config)
+    shape = Shape(setting.config, length, 0, setting.batch, setting.dtype)
+    cache = jax.eval_shape(lambda: recipe.init_layer("decode", layer, shape, aux))
     return sum(_chain_bytes(here, chain, cache, setting.config.group) for chain in here.chains)
 
 
 def _chain_bytes(here: Recipe, chain: Chain, cache, group: int) -> float:
     total = 0.0
     for s in chain:
-        slots, share = cache[s.name], 1.0
-        if here.pattern.visits == "held":
-            share = min(1.0, getattr(here.pattern, "budget", slots.pos.shape[-1]) * group / slots.pos.shape[-1])
+        slots = cache[s.name]
+        share = here.pattern.share(slots.pos.shape[-1], group)
         total += shape_bytes((slots.payload, slots.pos)) * share + shape_bytes(slots.state)
     return total

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lcx.axes import Aux
 from lcx.backends.choose import resolve
 from lcx.errors import UserError
 from lcx.experiment import Experiment
@@ -22,7 +23,6 @@ from lcx.plan.programs import Compiler, Setting, Timeline, timeline
 from lcx.plan.roofline import Roofline, roofline
 from lcx.plan.search import STEP, TOLERANCE, Check, Curve
 from lcx.plan.targets import MIB, GpuTarget
-from lcx.recipe import Aux
 
 NEW_TOKENS = 128
 CHUNK_SIZE = 2_048
@@ -202,7 +202,7 @@ def make_job(
         raise UserError(f"{method}: {error}") from None
     check_compiler(where)
     notes = [note] if note else []
-    if experiment.recipe.pattern.visits == "own" and where.target is not None:
+    if "own" in experiment.recipe.pattern.visits and where.target is not None:
         notes.append("the prefill time counts every pair of query and key; which ones are read depends on the text")
     if where.count > 1:
         notes.append(

@@ -1,38 +1,15 @@
-"""Policies that keep every token: append, or append and hand down the oldest pages."""
+"""Flush: append, and hand down the oldest pages."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from lcx.axes import Policy
 from lcx.cache import Edit, Held, Tokens
-from lcx.errors import UserError
-from lcx.ops.attention import EMPTY, used_length
-from lcx.recipe import Policy
-
-# kernels read keys [D,S] in boxes of 64 slots, and a cache of another size would be copied; 63 slots of 4,096 are 1.5 %
-ALIGNED, ALIGNED_FROM = 64, 4_096
-
-
-@dataclass(frozen=True)
-class KeepAll(Policy):
-    """Keeps every token, in the order of the text.  Exact."""
-
-    shared = True
-    ordered = True
-
-    def capacity(self, tokens, page):
-        if tokens >= ALIGNED_FROM:
-            page = math.lcm(page, ALIGNED)
-        return -(-tokens // page) * page
-
-    def edit(self, ctx, held: Held, new: Tokens):
-        valid = new.pos != EMPTY
-        # padding takes no slot: each row of the batch appends at its own end
-        slot = used_length(held.pos, axis=-1)[..., None] + jnp.cumsum(valid, -1) - 1
-        return held.slots, Edit(jnp.where(valid, slot, held.pos.shape[-1]).astype(jnp.int32), new), None
+from lcx.ops.attention import EMPTY
+from lcx.policies.base import check_tokens
 
 
 @dataclass(frozen=True)
@@ -49,13 +26,12 @@ class Flush(Policy):
     page: int
     keep: int = 0
 
+    exact = "Always: it moves tokens and loses none."
     shared = True
 
     def __post_init__(self):
-        for name, least in (("page", 1), ("keep", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"Flush: {name}={value!r} must be an integer of at least {least} tokens")
+        check_tokens("Flush", "page", self.page, 1)
+        check_tokens("Flush", "keep", self.keep, 0)
 
     def capacity(self, tokens, page):
         return min(self.keep + self.page, tokens)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from lcx.ops.attention import BIG, mass, tokens_source
+from lcx.ops.attention import BIG
 from lcx.policies.base import Evict, check_budget
 
 
@@ -24,18 +24,22 @@ class H2O(Evict):
 
     budget: int = 1_024
 
+    exact = "While the budget covers the context."
+    small = {"budget": 9}
+    needs = frozenset({"all attention"})
+    budget_is_data = True
     state = {"mass": jnp.float32}
 
     def __post_init__(self):
         check_budget("H2O", self.budget, 2)
 
     def update(self, ctx, held, new):
-        own = tokens_source(ctx.k, ctx.v, ctx.pos)
-        past = held.slots.state["mass"] + ctx.mass(held.source, mass).mean(2)
-        new = replace(new, state={"mass": ctx.mass(own, mass).mean(2)})
+        past = held.slots.state["mass"] + ctx.mass(held.source).mean(2)
+        new = replace(new, state={"mass": ctx.mass(ctx.own).mean(2)})
         return replace(held, slots=replace(held.slots, state=held.slots.state | {"mass": past})), new
 
     def score(self, ctx, held, new):
-        first_recent = ctx.last_pos[:, None, None] - (self.budget - self.budget // 2) + 1
-        rank = lambda pos, m: jnp.where(pos >= first_recent, BIG, m)  # noqa: E731
+        budget = self.budget_of(ctx)
+        first_recent = ctx.last_pos[:, None, None] - (budget - budget // 2) + 1
+        rank = lambda pos, m: jnp.where(pos >= first_recent, BIG, m)
         return rank(held.pos, held.slots.state["mass"]), rank(new.pos, new.state["mass"])

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from lcx.axes import Compress
 from lcx.policies.base import check_budget
-from lcx.recipe import Compress
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class KNorm(Compress):
     """
 
     budget: int = 1_024
+
+    exact = "While the prompt is within the budget."
+    small = {"budget": 9}
+    budget_is_data = True
 
     def __post_init__(self):
         check_budget("KNorm", self.budget)

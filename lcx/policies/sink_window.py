@@ -12,7 +12,7 @@ from lcx.policies.base import Evict, check_budget, check_tokens
 
 @dataclass(frozen=True)
 class SinkWindow(Evict):
-    """Keeps the first `sink` and the last `window` tokens.  Exact while both cover the context.
+    """Keeps the first `sink` and the last `window` tokens.  Equals dense attention while sink + window covers the context.
 
     StreamingLLM, arXiv:2309.17453, section 3.2: 4 sinks.  Decides after each step, so the tokens of a step see one another whole:
     with prefill in one shot the prompt is attended densely and cut afterwards, token by token it is the exact window.
@@ -26,6 +26,9 @@ class SinkWindow(Evict):
     sink: int = 4
     window: int = 1_020
 
+    exact = "While sink + window covers the context."
+    small = {"sink": 2, "window": 7}
+    budget_is_data = True
     shared = True
 
     def __post_init__(self):
@@ -37,7 +40,7 @@ class SinkWindow(Evict):
         return self.sink + self.window
 
     def score(self, ctx, held, new):
-        rank = lambda pos: jnp.where(pos < self.sink, FAR, pos)  # noqa: E731
+        rank = lambda pos: jnp.where(pos < self.sink, FAR, pos)
         return rank(held.pos), rank(new.pos)
 
     def with_budget(self, budget):

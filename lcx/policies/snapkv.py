@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import lax
 
+from lcx.axes import Compress
 from lcx.errors import UserError
-from lcx.ops.attention import BIG, EMPTY, attend, mass
+from lcx.ops.attention import BIG, EMPTY
 from lcx.policies.base import check_budget, check_tokens
-from lcx.recipe import Compress
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class SnapKV(Compress):
     kernel: int = 5
     pooling: str = "avg"
 
+    exact = "While the prompt is within the budget."
+    small = {"budget": 9, "window": 3}
+    budget_is_data = True
+
     def __post_init__(self):
         check_tokens("SnapKV", "window", self.window, 1)
         check_budget("SnapKV (window included)", self.budget, self.window)
@@ -47,15 +51,16 @@ class SnapKV(Compress):
         return self.window
 
     def score(self, ctx, held):
-        settings = {"scale": ctx.scale, "allow": ctx.allow, "softcap": ctx.softcap}
-        lse = attend(ctx.q, held.source, ctx.pos, **settings).lse
-        votes = mass(ctx.q, held.source, ctx.pos, lse, **settings)
-        first = ctx.last_pos[:, None, None] - self.window + 1
-        in_window = held.pos >= first
-        votes = jnp.where(in_window[:, :, None] | (held.pos == EMPTY)[:, :, None], 0.0, votes)
-        size, same = (1, 1, 1, self.kernel), "SAME"
+        votes = ctx.mass(held.source, ctx.attend(held.source).lse)  # [B,R,G,S]
+        in_window = held.pos >= ctx.last_pos[:, None, None] - self.window + 1
+        # the window's own keys and padding are no candidates; in the pooling they count as 0
+        votes = jnp.where((in_window | (held.pos == EMPTY))[:, :, None], 0.0, votes)
+        smooth = self._pool(votes).mean(2)
+        return jnp.where(in_window, BIG, smooth)
+
+    def _pool(self, votes):
+        """Votes [B,R,G,S] smoothed over `kernel` neighbours."""
+        width, stride = (1, 1, 1, self.kernel), (1, 1, 1, 1)
         if self.pooling == "avg":
-            pooled = lax.reduce_window(votes, 0.0, lax.add, size, (1, 1, 1, 1), same) / self.kernel
-        else:
-            pooled = lax.reduce_window(votes, -jnp.inf, lax.max, size, (1, 1, 1, 1), same)
-        return jnp.where(in_window, BIG, pooled.mean(2))
+            return lax.reduce_window(votes, 0.0, lax.add, width, stride, "SAME") / self.kernel
+        return lax.reduce_window(votes, -jnp.inf, lax.max, width, stride, "SAME")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from lcx.ops.attention import BIG, mass, tokens_source
+from lcx.ops.attention import BIG
 from lcx.policies.base import Evict, check_budget
 
 
@@ -25,16 +25,19 @@ class TOVA(Evict):
     budget: int = 1_024
     keep_last: bool = False
 
+    exact = "While the budget covers the context."
+    small = {"budget": 9}
+    needs = frozenset({"all attention", "all heads"})
+    budget_is_data = True
     shared = True
-    all_heads = True
 
     def __post_init__(self):
         check_budget("TOVA", self.budget)
 
     def score(self, ctx, held, new):
         last = ctx.last_queries(1)
-        over_heads = lambda source: last.mass(source, mass).mean((1, 2))[:, None]  # noqa: E731
-        own = over_heads(tokens_source(ctx.k, ctx.v, ctx.pos))
+        over_heads = lambda source: last.mass(source).mean((1, 2))[:, None]
+        own = over_heads(ctx.own)
         if self.keep_last:
             own = jnp.where(new.pos == ctx.last_pos[:, None, None], BIG, own)
         return over_heads(held.source), own

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx import texts
-from lcx.cache import device_bytes
+from lcx.cache import device_bytes, shape_bytes
 from lcx.errors import UserError
 from lcx.measure import memory
 from lcx.measure.latency import device_name, summary, timed
 from lcx.measure.quality import divergence, make_session, token_nll
 from lcx.models.loading import Pretrained
-from lcx.session import Compiled, Session
+from lcx.session import Session
+from lcx.session_programs import Compiled
 from lcx.sweep.points import Point
 from lcx.sweep.schema import Row
 
@@ -228,13 +229,11 @@ def where_not_finite(session: Session, ids: np.ndarray, prompt: int, end: int) -
 
 
 def _segment_bytes(cache: list[Any], shapes: bool = False) -> dict[str, int]:
-    """Bytes by segment over all layers; "probe" is the prompt's last queries."""
-    from lcx.cache import shape_bytes
-
+    """Bytes by segment over all layers; "(probe)" is the prompt's last queries."""
     count: Callable = shape_bytes if shapes else device_bytes
     total: dict[str, int] = {}
     for layer in cache:
-        for name, slots in (layer or {}).items():
+        for name, slots in ({} if layer is None else layer.parts()).items():
             total[name] = total.get(name, 0) + count(slots)
     return total
 

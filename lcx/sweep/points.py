@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lcx import checks
 from lcx.config_files import load_config
 from lcx.errors import UserError
 from lcx.experiment import Experiment, Sweep
@@ -124,10 +125,7 @@ class Point:
         """Raise UserError when the recipe does not suit the model or the prompt."""
         recipe, schedule = self.experiment.recipe, self.experiment.schedule
         recipe.check(model, self.experiment.load_aux(model))
-        for phase in ("prefill", "decode"):
-            recipe.capacities(phase, self.prompt, self.new_tokens)
-        if recipe.one_shot and schedule.width(self.prompt) < self.prompt:
-            raise UserError(f"{self.method} needs the whole prompt at once; schedule {schedule} cuts it")
+        checks.schedule(recipe, schedule, self.prompt)
         if self.length > model.context and not self.settings.allow_extrapolation:
             raise UserError(
                 f"length={self.length} tokens is beyond the context of {self.model}, {model.context}; "
@@ -266,6 +264,16 @@ def specs(
     ]
 
 
+def _card(point: Point) -> dict[str, Any]:
+    """What a report says of the point's method, as data: the config need not be at hand, and is not run, when a page is written."""
+    experiment = point.experiment
+    return {
+        "about": experiment.about,
+        "choices": [choice._asdict() for choice in experiment.recipe.describe()],
+        "paper": dict(experiment.paper),
+    }
+
+
 def jobs(found: Sequence[Mapping[str, Any]], models: Mapping[str, Loaded]) -> list[tuple[Point, Job]]:
     """(point, job) of each spec.  Raises UserError for a point that cannot run; nothing has been compiled then."""
     result: list[tuple[Point, Job]] = []
@@ -276,7 +284,7 @@ def jobs(found: Sequence[Mapping[str, Any]], models: Mapping[str, Loaded]) -> li
         key, reference = dense.get(point.reference_cell, (None, None))
         dense.setdefault(point.reference_cell, (point.key, spec))
         recipe = f"{point.experiment.recipe!r} {point.aux_sha256 or ''}".strip()
-        whole = {**spec, "reference": reference, "recipe": recipe, "columns": point.columns}
+        whole = {**spec, "reference": reference, "recipe": recipe, "card": _card(point), "columns": point.columns}
         group = f"{point.model} {point.dtype} {point.batch} {point.method}"
         result.append((point, Job(point.key, whole, group, key)))
     return result

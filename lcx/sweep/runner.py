@@ -61,7 +61,7 @@ def open_sweep(workdir: Path, found: Sequence[Job], fork: Path | None = None) ->
 
 def differences(old: Sequence[Job], new: Sequence[Job]) -> str:
     """What differs between two sets of points, field by field: `field old -> new`."""
-    cell = lambda j: tuple(j.spec["columns"][n] for n in ("method", "model", "dtype", "batch", "length", "seed"))  # noqa: E731
+    cell = lambda j: tuple(j.spec["columns"][n] for n in ("method", "model", "dtype", "batch", "length", "seed"))
     before, after = {cell(j): j for j in old}, {cell(j): j for j in new}
     changed: dict[str, int] = {}
     for at in before.keys() & after.keys():

@@ -1,0 +1,103 @@
+"""Which KV heads are retrieval heads: scores of one model, and the split that follows from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcx.artefacts.source import AuxSource
+from lcx.axes import Aux
+from lcx.errors import UserError, nearest
+from lcx.model_config import ModelConfig
+
+FOLDER = Path(__file__).parent / "head_splits"
+
+
+def split_by_score(scores, streaming: float) -> Aux:
+    """The KV heads of every layer, divided over the whole model: layers may differ, and may lack one kind.
+
+    Args:
+      scores: [L,K], the higher, the rather a retrieval head.  Of equal ones the first in order streams first.
+      streaming: fraction of the L * K heads that stream, 0 to 1; the number is floored.
+    """
+    scores = np.asarray(scores)
+    streams = np.zeros(scores.size, bool)
+    streams[np.argsort(scores, axis=None, kind="stable")[: int(streaming * scores.size)]] = True
+    find = lambda kind: np.flatnonzero(kind).astype(np.int32)
+    return [{"heads": {"retrieval": find(~row), "streaming": find(row)}} for row in streams.reshape(scores.shape)]
+
+
+@dataclass(frozen=True)
+class HeadSplit(AuxSource):
+    """Which KV heads are retrieval heads, from scores that were measured once per model.
+
+    The splits that lcx ships are found by the model's own name, `ModelConfig.name`.  They rank by attention mass on plain
+    text (`lcx.artefacts.head_mass`), not by the paper's trained gates: SmolLM2 at 0.5 keeps its likelihood (NLL + 0.03 a
+    token over 2,048), but copies a passage of 1,024 tokens ago no better than with random heads.
+
+    Args:
+      streaming: fraction of all KV heads of the model that stream, 0 to 1; the paper has 0.5 with GQA, 0.75 without.
+      file: a JSON file that experiments/calibrate.py wrote; None: the one that lcx ships for this model.
+    """
+
+    streaming: float = 0.5
+    file: str | None = None
+
+    def __post_init__(self):
+        if isinstance(self.streaming, bool) or not 0 <= self.streaming <= 1:
+            raise UserError(f"HeadSplit: streaming={self.streaming!r} must be a fraction from 0 to 1")
+
+    def load(self, model: ModelConfig) -> Aux:
+        path = _shipped(model) if self.file is None else Path(self.file)
+        return split_by_score(_scores(path, _read(path), model), self.streaming)
+
+    def stand_in(self, model: ModelConfig) -> tuple[Aux, str]:
+        """A split in numbers, for the memory of models that have none: the streaming heads spread evenly over the layers."""
+        if self.file is not None:
+            # a file that was named must be right
+            return self.load(model), ""
+        aux = split_by_score([list(range(model.num_kv_heads))] * model.num_layers, self.streaming)
+        return aux, f"head split not measured: {self.streaming:.0%} streaming heads spread evenly over the layers"
+
+
+def _shipped(model: ModelConfig) -> Path:
+    names = {str(_read(path).get("config_name")): path for path in sorted(FOLDER.glob("*.json"))}
+    if model.name not in names:
+        raise UserError(
+            f"HeadSplit: model={model.name!r} has no head split; there are {', '.join(map(repr, names))}"
+            f"{nearest(model.name, names)} ; make one: python -m experiments.calibrate --model=MODEL --out=FILE, "
+            "then HeadSplit(file=FILE)"
+        )
+    return names[model.name]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"HeadSplit: file={str(path)!r} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"HeadSplit: file={str(path)!r} is not a JSON mapping as experiments/calibrate.py writes it")
+    return record
+
+
+def _scores(path: Path, record: dict[str, Any], model: ModelConfig) -> np.ndarray:
+    """float64 [L,K], checked against the model's sizes."""
+    sizes = record.get("sizes")
+    wanted = {n: getattr(model, n) for n in ("num_layers", "num_heads", "num_kv_heads", "head_dim")}
+    if sizes != wanted:
+        raise UserError(f"HeadSplit: file={str(path)!r} is for sizes {sizes}; model {model.name!r} has {wanted}")
+    try:
+        scores = np.asarray(record.get("scores"), np.float64)
+    except (TypeError, ValueError):
+        scores = np.zeros(0)
+    shape = (model.num_layers, model.num_kv_heads)
+    if scores.shape != shape or not np.isfinite(scores).all():
+        raise UserError(f"HeadSplit: scores in file={str(path)!r} must be {shape[0]} x {shape[1]} finite numbers")
+    return scores

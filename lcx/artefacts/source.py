@@ -1,0 +1,20 @@
+"""Where a method's arrays come from."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from lcx.axes import Aux
+from lcx.model_config import ModelConfig
+
+
+class AuxSource(Protocol):
+    """Source of a method's arrays; frozen, so that a config can hold it."""
+
+    def load(self, model: ModelConfig) -> Aux:
+        """Return one dict a layer, see `lcx.axes.Aux`.  Raises UserError when there is none for this model."""
+        ...
+
+    def stand_in(self, model: ModelConfig) -> tuple[Aux, str]:
+        """Return arrays of the right shapes for a model that has none, and a note that says so: what a plan of memory needs."""
+        ...

@@ -1,0 +1,131 @@
+"""What public entries check before anything runs: ids, shapes, lengths, room, order.  Every error is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lcx.axes import FACTS
+from lcx.errors import UserError
+from lcx.ops.attention import EMPTY
+
+
+def whole(name: str, value, least: int, most: int | None = None) -> int:
+    """Return `value` where it is an integer of at least `least` (and at most `most`); raise UserError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise UserError(f"{name}={value!r} must be an integer of at least {least}")
+    if most is not None and value > most:
+        raise UserError(f"{name}={value!r} must be an integer of at most {most}")
+    return int(value)
+
+
+def one_of(name: str, value, allowed: Sequence[str]) -> None:
+    """Raise UserError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise UserError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+
+
+def _integers(name: str, values) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise UserError(f"{name}: rows of different lengths; pad them on the right and give lengths") from None
+    if array.dtype == object:
+        raise UserError(f"{name}: rows of different lengths; pad them on the right and give lengths")
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"{name} are {array.dtype}; allowed are integers")
+    return array
+
+
+def token_ids(tokens, batch: int, vocab_size: int) -> np.ndarray:
+    """Return int32 [B,T] of token ids; raise UserError for a shape that does not fit or an id outside the embedding."""
+    array = _integers("tokens", tokens)
+    if array.ndim not in (1, 2) or array.size == 0:
+        raise UserError(f"tokens have shape {array.shape}; allowed are [T] and [B,T] with at least one token")
+    array = np.atleast_2d(array)
+    if array.shape[0] != batch:
+        raise UserError(f"tokens have shape {array.shape}; the session is for batch {batch}")
+    outside = (array < 0) | (array >= vocab_size)
+    if outside.any():
+        row, place = (int(i) for i in np.argwhere(outside)[0])
+        raise UserError(
+            f"token id {array[row, place]} at row {row}, place {place}: allowed are 0 to {vocab_size - 1}, the rows of the embedding"
+        )
+    return array.astype(np.int32)
+
+
+def fits(name: str, tokens: int, room: int) -> None:
+    """Raise UserError where `tokens` tokens are more than a session was made for."""
+    if tokens > room:
+        raise UserError(f"{name} of {tokens} tokens is longer than the session's {room}; make it for a longer one")
+
+
+def lengths(given, batch: int, tokens: int) -> np.ndarray:
+    """Return int [B] of real tokens a row, 1 to `tokens`; None: all."""
+    if given is None:
+        return np.full(batch, tokens)
+    real = _integers("lengths", given)
+    if real.shape != (batch,):
+        raise UserError(f"lengths have shape {real.shape}; allowed is one for each of {batch} rows")
+    if (real < 1).any() or (real > tokens).any():
+        raise UserError(f"lengths={real.tolist()}: allowed are 1 to {tokens} tokens")
+    return real
+
+
+def counts(name: str, given, batch: int) -> np.ndarray:
+    """Return int32 [B] of numbers that are not negative."""
+    values = _integers(name, given)
+    if values.shape != (batch,) or (values < 0).any():
+        raise UserError(f"{name}={values.tolist()}: allowed is one number of at least 0 for each of {batch} rows")
+    return values.astype(np.int32)
+
+
+def positions(pos, shape: tuple[int, ...]) -> np.ndarray:
+    """Return int32 [B,T] of positions, EMPTY or at least 0, each at most once a row."""
+    array = _integers("pos", pos)
+    if array.shape != shape and array.shape != shape[1:]:
+        raise UserError(f"pos have shape {array.shape}; the tokens have {shape}")
+    array = array.reshape(shape)
+    if (array < EMPTY).any():
+        raise UserError(f"pos={int(array.min())}: allowed are positions of at least 0, and {EMPTY} for padding")
+    for row, places in enumerate(array):
+        real = places[places != EMPTY]
+        if len(np.unique(real)) < len(real):
+            raise UserError(f"pos of row {row} repeat; each token has a position of its own")
+    return array.astype(np.int32)
+
+
+def accepted(accept, shape: tuple[int, ...]) -> np.ndarray:
+    """Return bool [B,T] from a mask, or from the number of leading tokens of each row."""
+    array = np.asarray(accept)
+    if array.dtype == bool:
+        if array.shape != shape and array.shape != shape[1:]:
+            raise UserError(f"accept has shape {array.shape}; the peeked tokens have {shape}")
+        return array.reshape(shape)
+    leading = counts("accept", np.atleast_1d(array), shape[0])
+    if (leading > shape[1]).any():
+        raise UserError(f"accept={leading.tolist()}: allowed are 0 to {shape[1]} tokens a row")
+    return np.arange(shape[1]) < leading[:, None]
+
+
+def order(recipe, value: str) -> None:
+    """Raise UserError where a session cannot write before it reads."""
+    one_of("order", value, ("attend", "write"))
+    if value == "attend":
+        return
+    for segment, _, part in recipe.parts():
+        for fact in ("every token", "all attention"):
+            if fact in part.lacks or (fact == "all attention" and fact in part.needs):
+                raise UserError(
+                    f"order='write' needs {FACTS[fact]} before it is written; {type(part).__name__} of {segment or 'the recipe'!r} "
+                    "decides by what was read; use order='attend'"
+                )
+
+
+def schedule(recipe, value, prompt: int) -> None:
+    """Raise UserError where a recipe needs the prompt in one step and the schedule cuts it."""
+    if recipe.one_shot and value.width(prompt) < prompt:
+        raise UserError(
+            f"{type(recipe.pattern).__name__} needs the whole prompt at once; schedule {value} cuts {prompt} tokens"
+        )

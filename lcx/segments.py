@@ -1,0 +1,102 @@
+"""Segments and chains: which KV heads of a layer share storage, policy and codec, and whether the parts go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lcx.axes import FACTS, Aux, Codec, Compress, Exact, KeepAll, Part, Pattern, Policy, RawExact
+from lcx.errors import UserError
+from lcx.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Storage for some KV heads of every layer.
+
+    Attributes:
+      name: unique in the recipe.
+      heads: "all", or a name in aux["heads"] (int arrays of KV heads, one per layer).
+      policy: which tokens stay, at every step.
+      codec: how they are written.
+      compress: which tokens stay at the end of the prompt, on top of the policy; in a chain it belongs to the first segment.
+    """
+
+    name: str = "all"
+    heads: str = "all"
+    policy: Policy = field(default_factory=KeepAll)
+    codec: Codec = field(default_factory=Exact)
+    compress: Compress | None = None
+
+
+Chain = tuple[Segment, ...]
+
+
+def num_rows(model: ModelConfig, heads: str, aux: Aux | None, layer: int) -> int:
+    """KV heads of one layer that belong to `heads`."""
+    if heads == "all":
+        return model.num_kv_heads
+    if aux is None or heads not in aux[layer].get("heads", {}):
+        raise UserError(f"heads={heads!r}: aux names no such heads in layer {layer}")
+    return len(aux[layer]["heads"][heads])
+
+
+def prompt_segment(chain: Chain) -> Segment:
+    """The exact segment that holds the whole prompt of a chain that compresses at its end."""
+    raw = any(s.codec.raw for s in chain)
+    return Segment(name=chain[0].name, heads=chain[0].heads, codec=RawExact() if raw else Exact())
+
+
+class _Stance(NamedTuple):
+    """What one part of a chain needs from the others, and does not leave them, as names of FACTS."""
+
+    name: str
+    needs: frozenset[str]
+    lacks: frozenset[str]
+
+
+def _stances(chain: Chain, pattern: Pattern, s: Segment) -> Iterator[_Stance]:
+    """Everything that acts on one segment of a chain.  What a part's other declarations imply is added to what it states."""
+
+    def stance(part: Part, needs: str = "", lacks: str = "") -> _Stance:
+        named = lambda text: frozenset(filter(None, text.split(", ")))
+        return _Stance(type(part).__name__, part.needs | named(needs), part.lacks | named(lacks))
+
+    yield stance(
+        s.policy, lacks=", ".join(["" if s.policy.ordered else "ordered", "" if s.policy.shared else "one set"])
+    )
+    pages = s.codec.page > 1
+    yield stance(s.codec, needs="ordered" if pages else "", lacks="single tokens" if pages else "")
+    compress = chain[0].compress
+    if compress is not None:
+        yield stance(compress, lacks="" if compress.shared else "one set")
+    yield stance(pattern, lacks="all attention" if pattern.visits else "")
+    if s.heads != "all":
+        yield _Stance(f"heads={s.heads!r}", frozenset(), frozenset({"all heads"}))
+    if len(chain) > 1:
+        yield _Stance(f"chain {[x.name for x in chain]}", frozenset(), frozenset({"one segment"}))
+
+
+def check_chain(chain: Chain, pattern: Pattern) -> None:
+    """Raise UserError where the parts of a chain do not go together; the line names both and the cause."""
+    heads = {s.heads for s in chain}
+    if len(heads) > 1:
+        raise UserError(
+            f"chain {[s.name for s in chain]} joins heads {sorted(heads)}; give all of its segments the same heads"
+        )
+    for before, s in zip((None, *chain), chain, strict=False):
+        if s.compress is not None and before is not None:
+            raise UserError(f"compress of segment {s.name!r}: only the first segment of a chain can have one")
+        if s.codec.page > 1 and (before is None or before.policy.handed(1 << 20) % s.codec.page):
+            raise UserError(
+                f"{type(s.codec).__name__} encodes pages of {s.codec.page} tokens; put a segment before it in its chain "
+                "that hands down whole pages (policies.flush.Flush)"
+            )
+        stances = list(_stances(chain, pattern, s))
+        for one in stances:
+            for other in stances:
+                for fact in sorted(one.needs & other.lacks):
+                    raise UserError(
+                        f"{one.name} needs {FACTS[fact]}, which {other.name} does not leave; take one of the two"
+                    )
