@@ -93,7 +93,7 @@ def logit_differences(
         name, mode = key.split(", ", 1)
         shapes = [side[key].shape if key in side else None for side in (before, after)]
         if shapes[0] != shapes[1]:
-            yield name, f"{mode}, logits", *shapes
+            yield name, f"{mode}, logits", shapes[0], shapes[1]
             continue
         most = float(np.abs(before[key] - after[key]).max())
         if not most <= ATOL:
@@ -164,8 +164,10 @@ def main() -> None:
 def write(path: Path, logits_path: Path, sections: list[str]) -> None:
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for section in sections:
+        # files that are edited while this runs are not what is recorded
+        recorded = provenance()
         quantities, logits = record(section, method_names())
-        kept[section] = {"recorded": provenance(), "configs": quantities}
+        kept[section] = {"recorded": recorded, "configs": quantities}
         if logits:
             np.savez_compressed(logits_path, **logits)
         path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from lcx.experiment import Experiment
 from lcx.implementation import resolve
 from lcx.measure.gpu_targets import compile_for, gpu_target
 from lcx.model import Layers, Model, random_weights
-from lcx.plan.programs import Setting, timeline
+from lcx.plan.programs import CPU_OPTIONS, GPU_OPTIONS, Setting, timeline
 from lcx.policies.duo import split_by_score
 from lcx.schedules.chunked import Chunked, OneShot
 from lcx.session import Session
@@ -52,8 +52,8 @@ def layer_programs(experiment: Experiment, model, tokens: int, dtype, device: st
     target = None if device == "cpu" else gpu_target(device)
     implementation = resolve(None, target.capability if target else None)
     setting = Setting(model, 0, 1, jnp.dtype(dtype), 0, implementation=implementation)
-    # tuning cannot run where there is no GPU, and buffers are assigned without it
-    options = {"xla_gpu_autotune_level": 0} if target else None
+    # buffers are assigned before LLVM runs, and without tuning, which cannot run where there is no GPU
+    options = GPU_OPTIONS if target else CPU_OPTIONS
     for part in timeline(setting, experiment, tokens, aux).parts:
         if part.name != "logits":
             report = compile_for(target, part.program, part.args, part.static, options).memory_analysis()
