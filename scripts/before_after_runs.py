@@ -53,7 +53,7 @@ def layer_programs(experiment: Experiment, model, tokens: int, dtype, device: st
     implementation = resolve(None, target.capability if target else None)
     setting = Setting(model, 0, 1, jnp.dtype(dtype), 0, implementation=implementation)
     # buffers are assigned before LLVM runs, and without tuning, which cannot run where there is no GPU
-    options = GPU_OPTIONS if target else CPU_OPTIONS
+    options = CPU_OPTIONS | (GPU_OPTIONS if target else {})
     for part in timeline(setting, experiment, tokens, aux).parts:
         if part.name != "logits":
             report = compile_for(target, part.program, part.args, part.static, options).memory_analysis()
