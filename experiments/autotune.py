@@ -144,8 +144,11 @@ def main() -> None:
     from experiments.gpu import decode
     from experiments.gpu.rows import row_of
     from experiments.gpu.support import from_tests
+    from lcx.measure.gpu_targets import wheel_compiler
     from pallas_kernels import tables
 
+    # on a GPU too: what a kernel spills depends on the compiler
+    wheel_compiler()
     rows = int(FLAGS.rows)
     name, entries = table(FLAGS.kernel, FLAGS.payload, rows)
     if FLAGS.head_dim not in entries:

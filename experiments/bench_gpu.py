@@ -1,7 +1,8 @@
 """`python -m experiments.bench_gpu --out=rows.jsonl`: the kernels beside the best of others on one Hopper GPU, within ten minutes.
 
-Correctness comes first: a kernel that is wrong loses its rows.  Every row is on disk as it is done.  `--dry_run` needs no GPU: it compiles
-every row for the H200 and checks the kernels in interpret mode at small sizes.
+Correctness comes first: a kernel that is wrong, or whose check fails, loses its rows and costs the others nothing.  Every row is on disk
+as it is done.  `--dry_run` needs no GPU: it checks the kernels in interpret mode at small sizes, and compiles every check at the sizes
+that a GPU gets and every row for the H200.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,8 @@ def versions() -> dict[str, Any]:
     import jax
     import jaxlib
 
+    from lcx.measure.gpu_targets import wheel_compiler
+
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603, S607
         return done.stdout.strip()
@@ -71,34 +76,49 @@ def versions() -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "python": sys.version.split()[0],
+        # what a kernel spills depends on it
+        "ptxas": metadata.version("nvidia-cuda-nvcc") if wheel_compiler() else "not of the wheels",
         "commit": git("rev-parse", "--short", "HEAD") or "no checkout",
         "dirty": bool(git("status", "--porcelain")),
     }
 
 
 def check(rows: Rows, on_gpu: bool) -> set[str]:
-    """Kernels that are wrong."""
+    """Kernels that are wrong, or whose check fails."""
+    from experiments.gpu.cases import CHECKED, checks
+
+    bad = set()
+    for case in selected(checks(on_gpu)):
+        start = time.perf_counter()
+        # a kernel that does not compile or run does not cost the others
+        try:
+            found = error_of(case, on_gpu)
+        except Exception as error:
+            bad.add(case.kernel)
+            rows.add("failed", f"check {case.name}", why=one_line(error))
+            continue
+        right = found <= CHECKED[case.kernel]
+        if not right:
+            bad.add(case.kernel)
+        rows.add("check", case.name, error=found, right=right, seconds=round(time.perf_counter() - start, 1))
+    return bad
+
+
+def error_of(case, on_gpu: bool) -> float:
+    """The error of a case's kernel against its reference."""
     import jax
 
-    from experiments.gpu.cases import CHECKED, checks, error
+    from experiments.gpu.cases import error
     from experiments.gpu.rows import check_of
     from experiments.gpu.support import from_tests
 
-    wrong = set()
     run = jax.jit if on_gpu else from_tests("interpret_support").interpreted
-    for case in selected(checks(on_gpu)):
-        start = time.perf_counter()
-        one = check_of(case, on_gpu)
-        args = one.make()
-        # without this a GPU multiplies float32 in 10 bits
-        with jax.default_matmul_precision("highest"):
-            want = one.reference(*args)
-        found = error(run(one.program)(*args), want)
-        right = found <= CHECKED[one.kernel]
-        if not right:
-            wrong.add(one.kernel)
-        rows.add("check", one.name, error=found, right=right, seconds=round(time.perf_counter() - start, 1))
-    return wrong
+    one = check_of(case, on_gpu)
+    args = one.make()
+    # without this a GPU multiplies float32 in 10 bits
+    with jax.default_matmul_precision("highest"):
+        want = one.reference(*args)
+    return error(run(one.program)(*args), want)
 
 
 def selected(cases) -> list:
@@ -123,34 +143,40 @@ def add_composed(rows: Rows, timed: list[dict[str, Any]]) -> None:
 
 
 def compile_rows(rows: Rows) -> None:
-    """Every timed row compiled for the H200, from shapes alone."""
+    """Compile for the H200, from shapes alone, what a GPU would run: every check at its sizes there, and every timed row."""
     import jax
 
-    from lcx.measure.gpu_targets import compile_for, gpu_target
+    from experiments.gpu.cases import checks
+    from experiments.gpu.rows import check_of
+    from lcx.measure.gpu_targets import compile_device, compile_for, gpu_target
 
     target = gpu_target("h200")
-    done = set()
-    for row in timed_rows():
-        if row.name in done:
-            continue
-        done.add(row.name)
+    # without the compiler nothing is tried
+    compile_device(target)
+    makers = {f"check {case.name}": partial(check_of, case, True) for case in selected(checks(True))}
+    makers |= {row.name: partial(lambda row: row, row) for row in timed_rows()}
+    for name, make in makers.items():
         start = time.perf_counter()
-        plan = compile_for(target, jax.jit(row.program), row.abstract()).memory_analysis()
-        rows.add(
-            "compiled", row.name, temp_bytes=plan.temp_size_in_bytes, seconds=round(time.perf_counter() - start, 1)
-        )
+        # all that do not compile are named at once
+        try:
+            one = make()
+            plan = compile_for(target, jax.jit(one.program), one.abstract()).memory_analysis()
+        except Exception as error:
+            rows.add("failed", name, why=one_line(error))
+            continue
+        rows.add("compiled", name, temp_bytes=plan.temp_size_in_bytes, seconds=round(time.perf_counter() - start, 1))
 
 
-def time_rows(rows: Rows, wrong: set[str]) -> Iterator[dict[str, Any]]:
+def time_rows(rows: Rows, bad: set[str]) -> Iterator[dict[str, Any]]:
     """Times of every row, ours and the peers' in turn."""
     from experiments.gpu.timing import card, copy_bandwidth, matmul_flops
 
     copy, flops = copy_bandwidth(), matmul_flops()
     rows.add("card", "copy and matmul", copy_bytes_per_s=copy, matmul_flops_per_s=flops, **card())
     for row in timed_rows():
-        bad = sorted(wrong.intersection(row.kernels))
-        if bad:
-            rows.add("skipped", row.name, why=f"{', '.join(bad)} is wrong, see its checks")
+        lost = sorted(bad.intersection(row.kernels))
+        if lost:
+            rows.add("skipped", row.name, why=f"{', '.join(lost)} is wrong or fails, see its checks")
             continue
         if rows.seconds > FLAGS.limit_s:
             rows.add("skipped", row.name, why=f"limit_s={FLAGS.limit_s:g} is over")
@@ -228,22 +254,22 @@ def main() -> None:
     if not on_gpu and not FLAGS.dry_run:
         raise UserError("no GPU here; --dry_run compiles for the H200 and checks in interpret mode")
     rows = Rows(out, versions() | {"command": " ".join(sys.argv), "dry_run": FLAGS.dry_run})
-    wrong = check(rows, on_gpu and not FLAGS.dry_run)
+    bad = check(rows, on_gpu and not FLAGS.dry_run)
     if FLAGS.dry_run:
         compile_rows(rows)
         add_composed(rows, [])
     else:
         from experiments.gpu.goals import summary
 
-        timed = list(time_rows(rows, wrong))
+        timed = list(time_rows(rows, bad))
         summary(timed)
         add_composed(rows, timed)
     print(f"{rows.seconds:.0f} s   rows: {out}")
-    if wrong:
-        raise UserError(f"wrong: {', '.join(sorted(wrong))}")
+    wrong = [row["name"] for row in rows.rows if not row.get("right", True)]
     failed = [row["name"] for row in rows.rows if row["kind"] == "failed"]
-    if failed:
-        raise UserError(f"failed: {', '.join(failed)}; the rows say why")
+    problems = [f"{word}: {', '.join(names)}" for word, names in (("wrong", wrong), ("failed", failed)) if names]
+    if problems:
+        raise UserError(f"{'; '.join(problems)}; the rows say why")
 
 
 if __name__ == "__main__":

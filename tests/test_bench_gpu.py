@@ -5,26 +5,30 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from aot_support import require_compiler
+from aot_support import compile_kernel, require_compiler
 
 from experiments import bench_gpu
 from experiments.autotune import CHOICES, ROWS, candidates, case_of, program, table, with_entry
+from experiments.gpu import cases as bench_gpu_cases
 from experiments.gpu import decode, model, order, peers, timing
-from experiments.gpu.cases import CHECKS, Case, error
+from experiments.gpu import rows as bench_gpu_rows
+from experiments.gpu.cases import CHECKS, Case, checks, error
 from experiments.gpu.goals import summary
 from experiments.gpu.order import timed_rows
-from experiments.gpu.rows import row_of
+from experiments.gpu.rows import check_of, row_of
 from lcx.attention import Partial
 from lcx.errors import UserError
 from pallas_kernels import tables
 
 ROOT = Path(__file__).parent.parent
+SLOW = pytest.mark.slow
 
 
 def run(*args):
@@ -41,10 +45,80 @@ def test_the_dry_run_checks_and_compiles(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     kinds = [row["kind"] for row in rows]
     assert kinds.count("check") == sum("int4" in c.name for c in CHECKS)
-    assert kinds.count("compiled") == len({row.name for row in timed_rows() if "int4" in row.name})
+    timed = {row.name for row in timed_rows() if "int4" in row.name}
+    on_gpu = {f"check {case.name}" for case in checks(True) if "int4" in case.name}
+    assert len(on_gpu) == 2 and {row["name"] for row in rows if row["kind"] == "compiled"} == timed | on_gpu
+    assert all(row["ptxas"] == metadata.version("nvidia-cuda-nvcc") for row in rows)
     assert all(row["right"] for row in rows if row["kind"] == "check")
     assert all(row["dry_run"] and row["jax"] and row["commit"] and row["date"] for row in rows)
     assert not any("ms" in row for row in rows), "a dry run measures no time"
+
+
+def test_a_check_that_fails_costs_its_own_rows_alone(monkeypatch, tmp_path):
+    """Three kernels: one whose check raises, one that is wrong, one that is right; all rows are written, and the exit says which."""
+    require_compiler()
+    cases = {kernel: Case(kernel, 128, 64, heads=1, kv_heads=1) for kernel in ("forward", "probe", "minmax")}
+    errors = {"probe": 1.0, "minmax": 1e-4}
+    at_gpu_sizes = []
+
+    def error_of(case, on_gpu):
+        if case.kernel not in errors:
+            raise ValueError("dimension 2 must have\nsize smaller")
+        return errors[case.kernel]
+
+    def check_of(case, on_gpu):
+        at_gpu_sizes.append((case.kernel, on_gpu))
+        if case.kernel == "probe":
+            raise MemoryError("too much")
+        return SimpleNamespace(program=lambda x: x, abstract=lambda: (jax.ShapeDtypeStruct((8,), np.float32),))
+
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(bench_gpu, "FLAGS", SimpleNamespace(only="", limit_s=1e9, dry_run=True, out=str(out)))
+    monkeypatch.setattr(bench_gpu, "error_of", error_of)
+    monkeypatch.setattr(bench_gpu_cases, "checks", lambda on_gpu: list(cases.values()))
+    monkeypatch.setattr(bench_gpu_rows, "check_of", check_of)
+    monkeypatch.setattr(order, "timed_rows", lambda: [row_of(cases["forward"])])
+    monkeypatch.setenv("NPROC", "8")
+    forward, probe, minmax = (case.name for case in cases.values())
+    with pytest.raises(UserError) as raised:
+        bench_gpu.main()
+    assert str(raised.value) == f"wrong: {probe}; failed: check {forward}, check {probe}; the rows say why"
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["kind"], row["name"]) for row in rows if row["kind"] not in ("counted", "composed")] == [
+        ("failed", f"check {forward}"),
+        ("check", probe),
+        ("check", minmax),
+        ("compiled", f"check {forward}"),
+        ("failed", f"check {probe}"),
+        ("compiled", f"check {minmax}"),
+        ("compiled", forward),
+    ]
+    assert (
+        rows[0]["why"] == "ValueError: dimension 2 must have size smaller" and rows[4]["why"] == "MemoryError: too much"
+    )
+    assert at_gpu_sizes == [(kernel, True) for kernel in cases]
+    # with a GPU: the rows of two kernels are not timed
+    assert bench_gpu.check(bench_gpu.Rows(out, {}), True) == {"forward", "probe"}
+
+
+ON_GPU = [
+    case if (case.kernel, case.payload) in {("decode", "int2"), ("minmax", "bf16")} else pytest.param(case, marks=SLOW)
+    for case in checks(True)
+]
+
+
+@pytest.mark.parametrize("case", ON_GPU, ids=lambda case: case.name)
+def test_checks_of_a_gpu_have_the_shapes_that_are_compiled(case):
+    check = check_of(case, True)
+    made = jax.tree.map(lambda x: (x.shape, x.dtype), check.make())
+    assert made == jax.tree.map(lambda x: (x.shape, x.dtype), check.abstract())
+
+
+@SLOW
+@pytest.mark.parametrize("case", checks(True), ids=lambda case: case.name)
+def test_checks_of_a_gpu_compile_without_spills(case):
+    check = check_of(case, True)
+    compile_kernel(check.program, *check.abstract()).check()
 
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path):

@@ -48,6 +48,8 @@ def test_a_toolkit_of_the_machine_is_not_used(compiler, tmp_path):
         script.chmod(0o755)
     path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
     env = os.environ | {"PATH": path, "CUDA_ROOT": str(tmp_path), "PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+    )
     assert not calls.exists(), calls.read_text()
     assert done.returncode == 0 and done.stdout == "1\n", done.stderr

@@ -90,6 +90,13 @@ def small(case: Case, seed: int = 0):
     return q, pages, table, jnp.full((case.batch,), case.tokens, jnp.int32)
 
 
+def abstract_small(case: Case):
+    """The same as shapes."""
+    q, pages, tables, lengths = abstract(case, 1)
+    table, length = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (tables, lengths))
+    return q, pages, table, length
+
+
 def dequantised(pages: Pages):
     """float32 keys and values [pages,64,D], by the formulas of `pack_pages`'s docstring."""
     p, D = pages.payload, pages.head_dim

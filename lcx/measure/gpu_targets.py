@@ -103,7 +103,8 @@ def wheel_compiler() -> Path | None:
     Mosaic GPU looks for ptxas on the PATH when it compiles its first kernel, and remembers it; XLA's flags do not reach it.
     """
     spec = find_spec("nvidia")
-    folders = [Path(path) / "cu13" for path in (spec and spec.submodule_search_locations) or ()]
+    places = None if spec is None else spec.submodule_search_locations
+    folders = [Path(place) / "cu13" for place in places or ()]
     root = next((folder for folder in folders if (folder / "bin" / "ptxas").is_file()), None)
     if root is not None:
         os.environ["PATH"] = os.pathsep.join([str(root / "bin"), os.environ.get("PATH", os.defpath)])
