@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from aot_support import require_compiler
+from compiler_support import require_compiler
 
 from lcx.measure.gpu_targets import wheel_compiler
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILE = """
 from functools import partial
 import jax, jax.numpy as jnp
-from aot_support import compile_kernel
+from lcx.bench.compiled import compile_kernel
 from pallas_kernels.score_blocks import score_pooled
 q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 1, 1, 128, 64), (1, 1, 64, 128)))
 report = compile_kernel(partial(score_pooled, scale=0.1, rows=1, size=1), q, k).check()
@@ -47,7 +47,7 @@ def test_a_toolkit_of_the_machine_is_not_used(compiler, tmp_path):
         script.write_text(f'#!/bin/sh\necho "$0 $*" >>"{calls}"\nexit 1\n')
         script.chmod(0o755)
     path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
-    env = os.environ | {"PATH": path, "CUDA_ROOT": str(tmp_path), "PYTHONPATH": str(ROOT / "tests")}
+    env = os.environ | {"PATH": path, "CUDA_ROOT": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
     )

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpret_support import interpreted
 from test_model import LLAMA, weights_of
 
 from lcx.attention import EMPTY, Near, Source, tokens_source
+from lcx.bench.interpret import interpreted
 from lcx.errors import UserError
 from lcx.implementation import PREFER_PALLAS, attend, check_visits, resolve, score_minmax, score_probe
 from lcx.model import Layers, Model

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot_support import compile_kernel
+from compiler_support import compile_kernel
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from interpret_support import interpreted
 
 from lcx.attention import EMPTY, merge
+from lcx.bench.interpret import interpreted
 from lcx.errors import UserError
 from pallas_kernels.attend import attend
 from pallas_kernels.lists import BlockList, from_blocks, from_mask, to_blocks, transpose

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot_support import compile_kernel
-from interpret_support import interpreted
+from compiler_support import compile_kernel
 
 from lcx import scores
+from lcx.bench.interpret import interpreted
 from lcx.errors import UserError
 from pallas_kernels import score_blocks, score_probe
 from pallas_kernels.tables import PROBE, SCORE, ProbeTile, ScoreTile

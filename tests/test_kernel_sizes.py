@@ -6,10 +6,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from aot_support import compile_kernel
+from compiler_support import compile_kernel
 
-from experiments.gpu.decode import abstract_pages
 from lcx.attention import Source
+from lcx.bench.decode import abstract_pages
 from lcx.implementation import PREFER_PALLAS, attend
 from lcx.scores import STRIDES
 from pallas_kernels.attend_bwd import attend_with_gradient

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpret_support import interpreted
 from test_kernel_decode import PAYLOADS, dequantised
 
 from lcx.attention import EMPTY
+from lcx.bench.interpret import interpreted
 from lcx.cache import Edit, Store, Tokens
 from lcx.codecs.paged import Paged, chain
 from lcx.config import ModelConfig

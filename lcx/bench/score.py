@@ -8,8 +8,8 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from experiments.gpu.cases import EXTREMES, Case
 from lcx import scores
+from lcx.bench.cases import EXTREMES, Case
 from pallas_kernels import score_blocks, score_probe
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.gpu.cases import Case
 from lcx.attention import Partial
+from lcx.bench.cases import Case
 from pallas_kernels.decode import decode
 from pallas_kernels.payloads import FLOATS, PAGE, Pages, Payload, pack_pages
 

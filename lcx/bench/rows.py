@@ -9,8 +9,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from experiments.gpu import cases, decode, score
-from experiments.gpu.cases import SCORES, Case
+from lcx.bench import cases, decode, score
+from lcx.bench.cases import SCORES, Case
 from pallas_kernels.lists import ROWS, SIZE, BlockList
 
 
