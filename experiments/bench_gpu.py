@@ -1,32 +1,23 @@
 """`python -m experiments.bench_gpu --out=rows.jsonl`: the kernels beside the best of others on one Hopper GPU, within ten minutes.
 
-Correctness comes first: a kernel that is wrong loses its rows.  Every row is on disk as it is done.  `--dry_run` needs no GPU: it compiles
-every row for the H200 and checks the kernels in interpret mode at small sizes.
+Correctness comes first: a kernel that is wrong, or whose check fails, loses its rows and costs the others nothing.  Every row is on disk
+as it is done.  `--dry_run` needs no GPU: it checks the kernels in interpret mode at small sizes, and compiles every check at the sizes
+that a GPU gets and every row for the H200.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 from experiments import cli
-from lcx.errors import UserError
 
 # XLA says for each sort that it cannot time its library's without a GPU
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 FLAGS = flags.FLAGS
-ROOT = Path(__file__).parent.parent
-HIDDEN = ("kind", "name", "at_s", "case", "peers", "parts")  # of a printed line; the file has them
-DRIFT = 0.03  # a row whose clock moved by more is marked
 
 
 def define_flags() -> None:
@@ -36,214 +27,10 @@ def define_flags() -> None:
     flags.DEFINE_string("only", "", "Rows whose name contains this, such as 'decode'.")
 
 
-class Rows:
-    """Writes rows as they are done; remembers them for the summary."""
-
-    def __init__(self, path: Path, shared: dict[str, Any]):
-        self.path, self.shared, self.rows = path, shared, []
-        self.start = time.perf_counter()
-
-    def add(self, kind: str, name: str, **row) -> None:
-        row = {"kind": kind, "name": name, "at_s": round(time.perf_counter() - self.start, 1), **row}
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row | self.shared) + "\n")
-        shown = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in row.items() if n not in HIDDEN}
-        told = ", ".join(f"{n} {v}" for n, v in shown.items())
-        print(f"{row['at_s']:6.1f} s  {kind:<8} {name:<52} {told}", flush=True)
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-
-def versions() -> dict[str, Any]:
-    """What a row needs to be judged later."""
-    import jax
-    import jaxlib
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603, S607
-        return done.stdout.strip()
-
-    return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "python": sys.version.split()[0],
-        "commit": git("rev-parse", "--short", "HEAD") or "no checkout",
-        "dirty": bool(git("status", "--porcelain")),
-    }
-
-
-def check(rows: Rows, on_gpu: bool) -> set[str]:
-    """Kernels that are wrong."""
-    import jax
-
-    from experiments.gpu.cases import CHECKED, checks, error
-    from experiments.gpu.rows import check_of
-    from experiments.gpu.support import from_tests
-
-    wrong = set()
-    run = jax.jit if on_gpu else from_tests("interpret_support").interpreted
-    for case in selected(checks(on_gpu)):
-        start = time.perf_counter()
-        one = check_of(case, on_gpu)
-        args = one.make()
-        # without this a GPU multiplies float32 in 10 bits
-        with jax.default_matmul_precision("highest"):
-            want = one.reference(*args)
-        found = error(run(one.program)(*args), want)
-        right = found <= CHECKED[one.kernel]
-        if not right:
-            wrong.add(one.kernel)
-        rows.add("check", one.name, error=found, right=right, seconds=round(time.perf_counter() - start, 1))
-    return wrong
-
-
-def selected(cases) -> list:
-    return [case for case in cases if FLAGS.only in case.name]
-
-
-def timed_rows() -> list:
-    """Rows that are timed, in order."""
-    from experiments.gpu import order
-
-    return selected(order.timed_rows())
-
-
-def add_composed(rows: Rows, timed: list[dict[str, Any]]) -> None:
-    """Rows of whole models, from the parts that were timed."""
-    from experiments.gpu import model
-
-    if FLAGS.only in model.COUNTED:
-        rows.add("counted", model.COUNTED, **model.counted())
-    for name, row in model.composed({r["name"]: r["ms"] for r in timed}):
-        rows.add("composed", name, **row)
-
-
-def compile_rows(rows: Rows) -> None:
-    """Every timed row compiled for the H200, from shapes alone."""
-    import jax
-
-    from lcx.plan.targets import compile_for, gpu_target
-
-    target = gpu_target("h200")
-    done = set()
-    for row in timed_rows():
-        if row.name in done:
-            continue
-        done.add(row.name)
-        start = time.perf_counter()
-        plan = compile_for(target, jax.jit(row.program), row.abstract()).memory_analysis()
-        rows.add(
-            "compiled", row.name, temp_bytes=plan.temp_size_in_bytes, seconds=round(time.perf_counter() - start, 1)
-        )
-
-
-def time_rows(rows: Rows, wrong: set[str]) -> Iterator[dict[str, Any]]:
-    """Times of every row, ours and the peers' in turn."""
-    from experiments.gpu.timing import card, copy_bandwidth, matmul_flops
-
-    copy, flops = copy_bandwidth(), matmul_flops()
-    rows.add("card", "copy and matmul", copy_bytes_per_s=copy, matmul_flops_per_s=flops, **card())
-    for row in timed_rows():
-        bad = sorted(wrong.intersection(row.kernels))
-        if bad:
-            rows.add("skipped", row.name, why=f"{', '.join(bad)} is wrong, see its checks")
-            continue
-        if rows.seconds > FLAGS.limit_s:
-            rows.add("skipped", row.name, why=f"limit_s={FLAGS.limit_s:g} is over")
-            continue
-        before = card()
-        try:
-            found = time_row(row, copy, flops)
-        # one row that fails, such as for want of memory, does not cost the others
-        except Exception as error:
-            rows.add("failed", row.name, why=one_line(error))
-            continue
-        after = card()
-        rows.add("timed", row.name, **found, drifted=drifted(before, after), **after)
-        yield rows.rows[-1]
-
-
-def drifted(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
-    """Whether the clock moved by more than DRIFT; None where the card does not tell it."""
-    try:
-        clocks = [float(told["sm_mhz"]) for told in (before, after)]
-    except (KeyError, ValueError):
-        return None
-    return abs(clocks[0] - clocks[1]) > DRIFT * max(clocks)
-
-
-def one_line(error: Exception) -> str:
-    """Its type and the beginning of what it says."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def time_row(row, copy: float, flops: float) -> dict[str, Any]:
-    """What is told of one row; its arrays are gone afterwards."""
-    from experiments.gpu import peers
-    from experiments.gpu.cases import Case
-    from experiments.gpu.timing import in_turn, jax_timer, repeated, wall_ms
-
-    args, case = row.make(), row.case
-    timed, absent = {"ours": repeated(jax_timer(row.program, args), row.calls)}, {}
-    for name, make in peers.timers(case, args) if case else ():
-        # whatever a peer raises is told in its place; ours is measured all the same
-        try:
-            timed[name] = make()
-        except peers.Absent as error:
-            absent[name] = f"absent: {error}"
-        except Exception as error:
-            absent[name] = f"absent: {one_line(error)}"
-    found, raised = in_turn(timed)
-    absent |= {name: f"absent: {one_line(error)}" for name, error in raised.items()}
-    mine = found["ours"]
-    ms = mine["ms"]
-    told: dict[str, Any] = {name: mine[name] for name in ("ms", "p10", "p90", "n")}
-    if case is None:
-        return told
-    told |= {"tflops": case.flops / ms / 1e9, "of_matmul": case.flops / ms * 1e3 / flops, "calls": row.calls}
-    if case.kernel.startswith("decode"):
-        told |= {"gb_per_s": case.bytes / ms / 1e6, "of_copy": case.bytes / ms * 1e3 / copy}
-    best = min((n for n in found if n != "ours"), key=lambda n: found[n]["ms"], default=None)
-    if best is not None:
-        told |= {"best_peer": best, "best_peer_ms": found[best]["ms"], "ratio": 1 / found[best]["ours_over_it"]}
-    if (case.kernel, case.tokens) == ("forward", 4_096) or case == Case("decode", 131_072):
-        told["wall_ms"] = wall_ms(row.program, args) / row.calls
-    return told | {"peers": found, "absent": absent, "case": vars(case)}
-
-
 def main() -> None:
-    # the interpreter's three threads wait for each other on XLA's own, of which there must be enough; read when the backend starts
-    if FLAGS.dry_run:
-        os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
-    import jax
+    from lcx.bench.run import run
 
-    out = Path(FLAGS.out)
-    if not out.parent.is_dir():
-        raise UserError(f"out={FLAGS.out!r}: its folder is not there")
-    on_gpu = jax.default_backend() == "gpu"
-    if not on_gpu and not FLAGS.dry_run:
-        raise UserError("no GPU here; --dry_run compiles for the H200 and checks in interpret mode")
-    rows = Rows(out, versions() | {"command": " ".join(sys.argv), "dry_run": FLAGS.dry_run})
-    wrong = check(rows, on_gpu and not FLAGS.dry_run)
-    if FLAGS.dry_run:
-        compile_rows(rows)
-        add_composed(rows, [])
-    else:
-        from experiments.gpu.goals import summary
-
-        timed = list(time_rows(rows, wrong))
-        summary(timed)
-        add_composed(rows, timed)
-    print(f"{rows.seconds:.0f} s   rows: {out}")
-    if wrong:
-        raise UserError(f"wrong: {', '.join(sorted(wrong))}")
-    failed = [row["name"] for row in rows.rows if row["kind"] == "failed"]
-    if failed:
-        raise UserError(f"failed: {', '.join(failed)}; the rows say why")
+    run(Path(FLAGS.out), dry_run=FLAGS.dry_run, only=FLAGS.only, limit_s=FLAGS.limit_s)
 
 
 if __name__ == "__main__":

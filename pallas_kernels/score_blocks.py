@@ -125,7 +125,7 @@ def _distribution(sums, top, limit, shape, per_block: int, tile: ScoreTile):
     """Rows' parts -> mean probability of each block: float32 [B,K,G,Q,N]."""
     B, K, G, R, N = shape
     tiles, wide = top.shape[1], tile.columns // per_block
-    sums = jnp.pad(sums, ((0, 0), (0, 0), (0, tiles * wide - sums.shape[2]))).reshape(B, K * G, R, tiles, wide)
+    sums = sums.reshape(B, K * G, R, tiles, wide)
     top = top[:, :, :R].reshape(B, K * G, tiles, R).swapaxes(2, 3)
     # tiles that no row of a block of the grid sees are not written
     written = jnp.arange(tiles) * tile.columns < jnp.repeat(limit, ROWS, 1)[:, :R, None]
@@ -164,8 +164,8 @@ def _products(a, bs, limit, scale: float, tile: ScoreTile, *, group: int | None 
         sees columns up to `first` + r, int32 [B].
 
     Returns:
-      (float32 [Z,R,N] products times scale, None); or (sums float32 [Z,R,N / group], top float32 [Z, tiles of columns, R in whole
-      tiles]): of the columns of a tile, exp2 of the logits less `top`, their largest.
+      (float32 [Z,R,N] products times scale, None); or (sums float32 [Z,R,N / group in whole tiles], top float32 [Z, tiles of columns, R
+      in whole tiles]): of the columns of a tile, exp2 of the logits less `top`, their largest.
     """
     Z, R, _ = a.shape
     B = limit.shape[0]
@@ -182,10 +182,9 @@ def _products(a, bs, limit, scale: float, tile: ScoreTile, *, group: int | None 
     ones = [jnp.repeat(jnp.eye(wide, dtype=jnp.float16), group, 1)] if group else []
 
     float32 = jnp.float32
-    blocks = -(-N // group) if group else N
-    # rows leave in lines of 32 numbers, or (sums) untiled in multiples of 16 bytes
-    line = 4 if group else LINE // 4
-    made = [jax.ShapeDtypeStruct((Z, a.shape[1], -(-blocks // line) * line), float32)]
+    # a copy to global memory lowers to tiles of its own width: rows are whole lines of 32 numbers, or (sums) as wide as all tiles
+    width = tiles * wide if group else -(-N // (LINE // 4)) * (LINE // 4)
+    made = [jax.ShapeDtypeStruct((Z, a.shape[1], width), float32)]
     if group:
         made.append(jax.ShapeDtypeStruct((Z, tiles, row_tiles * ROWS), float32))
 
@@ -309,4 +308,4 @@ def _products(a, bs, limit, scale: float, tile: ScoreTile, *, group: int | None 
         # maxima along a row stay within a warp: no shared memory for reductions, which stride 16 has no room for
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(a, bs, lengths, ones)
-    return out[0][:, :R, :blocks], out[1] if group else None
+    return (out[0][:, :R], out[1]) if group else (out[0][:, :R, :N], None)

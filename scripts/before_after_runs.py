@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# adapter: every name of lcx that these scripts know, but for `experiments.cli`
-from lcx.config import ModelConfig
+from lcx.artefacts.head_split import split_by_score
+from lcx.backends.choose import resolve
 from lcx.config_files import all_configs, load_config
 from lcx.errors import UserError
 from lcx.experiment import Experiment
-from lcx.implementation import resolve
-from lcx.measure.gpu_targets import compile_for, gpu_target
-from lcx.model import Layers, Model, random_weights
+
+# adapter: every name of lcx that these scripts know, but for `experiments.cli`
+from lcx.model_config import ModelConfig
+from lcx.models.decoder import Layers, Model, random_weights
 from lcx.plan.programs import CPU_OPTIONS, GPU_OPTIONS, Setting, timeline
-from lcx.policies.duo import split_by_score
+from lcx.plan.targets import compile_for, gpu_target
 from lcx.schedules.chunked import Chunked, OneShot
 from lcx.session import Session
 

@@ -5,26 +5,29 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from aot_support import require_compiler
+from compiler_support import compile_kernel, require_compiler
 
-from experiments import bench_gpu
-from experiments.autotune import CHOICES, ROWS, candidates, case_of, program, table, with_entry
-from experiments.gpu import decode, model, order, peers, timing
-from experiments.gpu.cases import CHECKS, Case, error
-from experiments.gpu.goals import summary
-from experiments.gpu.order import timed_rows
-from experiments.gpu.rows import row_of
+from lcx.bench import cases, decode, model, order, peers, timing
+from lcx.bench import rows as programs
+from lcx.bench import run as bench
+from lcx.bench.cases import CHECKS, Case, checks, error
+from lcx.bench.goals import summary
+from lcx.bench.order import timed_rows
+from lcx.bench.rows import check_of, row_of
+from lcx.bench.tune import CHOICES, PAYLOADS, ROWS, candidates, case_of, program, table, with_entry
 from lcx.errors import UserError
 from lcx.ops.attention import Partial
 from pallas_kernels import tables
 
 ROOT = Path(__file__).parent.parent
+SLOW = pytest.mark.slow
 
 
 def run(*args):
@@ -41,10 +44,79 @@ def test_the_dry_run_checks_and_compiles(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     kinds = [row["kind"] for row in rows]
     assert kinds.count("check") == sum("int4" in c.name for c in CHECKS)
-    assert kinds.count("compiled") == len({row.name for row in timed_rows() if "int4" in row.name})
+    timed = {row.name for row in timed_rows() if "int4" in row.name}
+    on_gpu = {f"check {case.name}" for case in checks(True) if "int4" in case.name}
+    assert len(on_gpu) == 2 and {row["name"] for row in rows if row["kind"] == "compiled"} == timed | on_gpu
+    assert all(row["ptxas"] == metadata.version("nvidia-cuda-nvcc") for row in rows)
     assert all(row["right"] for row in rows if row["kind"] == "check")
     assert all(row["dry_run"] and row["jax"] and row["commit"] and row["date"] for row in rows)
     assert not any("ms" in row for row in rows), "a dry run measures no time"
+
+
+def test_a_check_that_fails_costs_its_own_rows_alone(monkeypatch, tmp_path):
+    """Three kernels: one whose check raises, one that is wrong, one that is right; all rows are written, and the exit says which."""
+    require_compiler()
+    three = {kernel: Case(kernel, 128, 64, heads=1, kv_heads=1) for kernel in ("forward", "probe", "minmax")}
+    errors = {"probe": 1.0, "minmax": 1e-4}
+    at_gpu_sizes = []
+
+    def error_of(case, on_gpu):
+        if case.kernel not in errors:
+            raise ValueError("dimension 2 must have\nsize smaller")
+        return errors[case.kernel]
+
+    def check_of(case, on_gpu):
+        at_gpu_sizes.append((case.kernel, on_gpu))
+        if case.kernel == "probe":
+            raise MemoryError("too much")
+        return SimpleNamespace(program=lambda x: x, abstract=lambda: (jax.ShapeDtypeStruct((8,), np.float32),))
+
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(bench, "error_of", error_of)
+    monkeypatch.setattr(cases, "checks", lambda on_gpu: list(three.values()))
+    monkeypatch.setattr(programs, "check_of", check_of)
+    monkeypatch.setattr(order, "timed_rows", lambda: [row_of(three["forward"])])
+    monkeypatch.setenv("NPROC", "8")
+    forward, probe, minmax = (case.name for case in three.values())
+    with pytest.raises(UserError) as raised:
+        bench.run(out, dry_run=True)
+    assert str(raised.value) == f"wrong: {probe}; failed: check {forward}, check {probe}; the rows say why"
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["kind"], row["name"]) for row in rows if row["kind"] not in ("counted", "composed")] == [
+        ("failed", f"check {forward}"),
+        ("check", probe),
+        ("check", minmax),
+        ("compiled", f"check {forward}"),
+        ("failed", f"check {probe}"),
+        ("compiled", f"check {minmax}"),
+        ("compiled", forward),
+    ]
+    assert (
+        rows[0]["why"] == "ValueError: dimension 2 must have size smaller" and rows[4]["why"] == "MemoryError: too much"
+    )
+    assert at_gpu_sizes == [(kernel, True) for kernel in three]
+    # with a GPU: the rows of two kernels are not timed
+    assert bench.check(bench.Rows(out, {}), True) == {"forward", "probe"}
+
+
+ON_GPU = [
+    case if (case.kernel, case.payload) in {("decode", "int2"), ("minmax", "bf16")} else pytest.param(case, marks=SLOW)
+    for case in checks(True)
+]
+
+
+@pytest.mark.parametrize("case", ON_GPU, ids=lambda case: case.name)
+def test_checks_of_a_gpu_have_the_shapes_that_are_compiled(case):
+    check = check_of(case, True)
+    made = jax.tree.map(lambda x: (x.shape, x.dtype), check.make())
+    assert made == jax.tree.map(lambda x: (x.shape, x.dtype), check.abstract())
+
+
+@SLOW
+@pytest.mark.parametrize("case", checks(True), ids=lambda case: case.name)
+def test_checks_of_a_gpu_compile_without_spills(case):
+    check = check_of(case, True)
+    compile_kernel(check.program, *check.abstract()).check()
 
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path):
@@ -105,17 +177,16 @@ def test_every_timed_program_takes_its_arguments(monkeypatch, tmp_path):
 
     rows = [replace(row, make=row.abstract) for row in timed_rows()]
     found = {"fa3-jax splits 4 page 64": lambda: timer(lambda x: x, (1.0,)), "tokamax": absent}
-    monkeypatch.setattr(bench_gpu, "FLAGS", SimpleNamespace(only="", limit_s=1e9))
     monkeypatch.setattr(order, "timed_rows", lambda: rows)
     monkeypatch.setattr(timing, "jax_timer", timer)
     monkeypatch.setattr(timing, "wall_ms", lambda fn, args: jax.eval_shape(fn, *args) and 1.0)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda: 4e12)
     monkeypatch.setattr(timing, "matmul_flops", lambda: 6e14)
     monkeypatch.setattr(peers, "timers", lambda case, args: found.items())
-    written = bench_gpu.Rows(tmp_path / "rows.jsonl", {})
-    timed = list(bench_gpu.time_rows(written, {"probe"}))
+    written = bench.Rows(tmp_path / "rows.jsonl", {})
+    timed = list(bench.time_rows(written, {"probe"}, limit_s=1e9))
     summary(timed)
-    bench_gpu.add_composed(written, timed)
+    bench.add_composed(written, timed)
     kinds = [row["kind"] for row in written.rows]
     assert "failed" not in kinds, [row["why"] for row in written.rows if row["kind"] == "failed"]
     assert kinds.count("skipped") == 1, "the probe is wrong here"
@@ -130,11 +201,10 @@ def test_every_timed_program_takes_its_arguments(monkeypatch, tmp_path):
 
 
 def test_rows_behind_the_limit_are_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_gpu, "FLAGS", SimpleNamespace(only="model", limit_s=0.0))
     monkeypatch.setattr(timing, "copy_bandwidth", lambda: 4e12)
     monkeypatch.setattr(timing, "matmul_flops", lambda: 6e14)
-    written = bench_gpu.Rows(tmp_path / "rows.jsonl", {})
-    assert not list(bench_gpu.time_rows(written, set()))
+    written = bench.Rows(tmp_path / "rows.jsonl", {})
+    assert not list(bench.time_rows(written, set(), "model", 0.0))
     assert [row["kind"] for row in written.rows[1:]] == ["skipped"] * len(model.rows())
 
 
@@ -228,10 +298,8 @@ def test_models_are_composed_by_the_formula():
 
 
 def test_a_clock_that_is_not_told_does_not_end_the_run():
-    assert bench_gpu.drifted({"sm_mhz": "1980"}, {"sm_mhz": "1900"}) and not bench_gpu.drifted(
-        *2 * [{"sm_mhz": "1980"}]
-    )
-    assert bench_gpu.drifted({"sm_mhz": "[N/A]"}, {"sm_mhz": "1980"}) is bench_gpu.drifted({}, {}) is None
+    assert bench.drifted({"sm_mhz": "1980"}, {"sm_mhz": "1900"}) and not bench.drifted(*2 * [{"sm_mhz": "1980"}])
+    assert bench.drifted({"sm_mhz": "[N/A]"}, {"sm_mhz": "1980"}) is bench.drifted({}, {}) is None
 
 
 def test_bytes_of_the_long_context_are_counted_page_by_page():
@@ -248,9 +316,6 @@ def test_the_largest_of_each_row_are_chosen():
         seen = scores.reshape(4, 4, tiles)[h, i, : i + 4]
         want = np.argsort(-seen)[: int(np.ceil(0.1 * (i + 4)))]
         assert sorted(np.flatnonzero(chosen[0, h, i])) == sorted(want)
-
-
-PAYLOADS = ("bf16", "fp8", "int8", "int4", "int2")
 
 
 @pytest.mark.parametrize(

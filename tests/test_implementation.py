@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpret_support import interpreted
 from test_model import LLAMA, weights_of
 
 from lcx.backends.choose import AUTO, attend, check_visits, resolve, score_minmax, score_probe
+from lcx.bench.interpret import interpreted
 from lcx.errors import UserError
 from lcx.models.decoder import Layers, Model
 from lcx.ops.attention import EMPTY, Source, tokens_source

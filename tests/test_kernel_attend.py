@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot_support import compile_kernel
+from compiler_support import compile_kernel
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from interpret_support import interpreted
 
+from lcx.bench.interpret import interpreted
 from lcx.errors import UserError
 from lcx.ops.attention import EMPTY, merge
 from pallas_kernels.attend import attend

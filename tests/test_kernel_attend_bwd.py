@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot_support import compile_kernel
-from interpret_support import interpreted
+from compiler_support import compile_kernel
 from test_kernel_attend import FULL, LIST, VARIANTS, B, G, K, S, T, random_qkv, some_blocks, visible
 
+from lcx.bench.interpret import interpreted
 from lcx.errors import UserError
 from lcx.ops.attention import EMPTY, Partial, merge
 from pallas_kernels.attend_bwd import attend_with_gradient

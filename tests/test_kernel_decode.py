@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot_support import compile_kernel, require_compiler
-from interpret_support import interpreted
+from compiler_support import compile_kernel, require_compiler
 
-from experiments.gpu.decode import abstract_pages
+from lcx.bench.decode import abstract_pages
+from lcx.bench.interpret import interpreted
 from lcx.errors import UserError
 from lcx.plan.targets import TARGETS, compile_for
 from pallas_kernels.decode import decode

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot_support import compile_kernel
-from interpret_support import interpreted
+from compiler_support import compile_kernel
 
+from lcx.bench.interpret import interpreted
 from lcx.errors import UserError
 from lcx.ops import block_scores as scores
 from pallas_kernels import score_blocks, score_probe

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpret_support import interpreted
 from test_kernel_decode import PAYLOADS, dequantised
 
 from lcx.artefacts.head_split import split_by_score
 from lcx.axes import KeepAll
 from lcx.backends.choose import AUTO, attend
+from lcx.bench.interpret import interpreted
 from lcx.cache import Edit, Store, Tokens
 from lcx.codecs.paged import Paged, chain
 from lcx.errors import UserError

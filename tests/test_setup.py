@@ -54,7 +54,9 @@ def test_compile_only_wheels_have_the_version_of_jax():
     jax = pins(ROOT / "requirements" / "run.txt")["jax"]
     test = pins(ROOT / "requirements" / "test.txt")
     assert test["jax-cuda13-plugin"] == test["jax-cuda13-pjrt"] == jax
-    assert {"nvidia-cuda-nvcc", "nvidia-nvvm"} <= set(test)
+    # one compiler: the kernels' registers are checked with this one
+    assert {test[f"nvidia-{name}"] for name in ("cuda-nvcc", "cuda-crt", "nvvm")} == {"13.0.88"}
+    assert test["nvidia-cuda-runtime"].startswith("13.0.")
 
 
 def test_given_packages_are_declared_with_a_ceiling():
@@ -152,14 +154,16 @@ def tracked_text():
         yield name, path.read_text(encoding="utf-8", errors="replace")
 
 
+# links to papers and code stand in prose; what sets up names no host at all
+SETUP = ("pyproject.toml", "Makefile", "requirements/", "scripts/")
+
+
 def test_no_machine_paths_and_no_registry_hosts():
-    wrong = re.compile(
-        r"(?<![\w.$}~/-])/(?:work|root|tmp|opt|home)/\w|pypi\.org|pythonhosted|(?:extra-)?index-url|find-links", re.I
-    )
+    wrong = re.compile(r"(?<![\w.$}~/-])/(?:work|root|tmp|opt|home)/\w|index-url|find-links", re.I)
     found = [
         f"{name}:{number}: {line.strip()[:100]}"
         for name, text in tracked_text()
         for number, line in enumerate(text.splitlines(), 1)
-        if wrong.search(line)
+        if wrong.search(line) or ("://" in line and name.startswith(SETUP))
     ]
     assert not found, "\n".join(found)

@@ -1,14 +1,18 @@
 """Compile for GPUs that are not there: what XLA needs to know of each, and the compiled program with its memory plan.
 
 XLA's GPU compiler runs on any x86_64 Linux machine with the wheels of the extra `plan`; its buffer assignment is the one that a run
-would have.  It says nothing about speed.
+would have.  It says nothing about speed.  Its assembler, ptxas, is that of the wheels wherever they are installed: what a kernel
+spills depends on the version, and a CUDA toolkit of the machine's would be taken first.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -93,6 +97,21 @@ def gpu_target(name: str) -> GpuTarget:
 
 
 @cache
+def wheel_compiler() -> Path | None:
+    """Return the folder of the wheels' CUDA compiler (bin/ptxas, nvvm/libdevice), first on PATH from now on; None without the wheels.
+
+    Mosaic GPU looks for ptxas on the PATH when it compiles its first kernel, and remembers it; XLA's flags do not reach it.
+    """
+    spec = find_spec("nvidia")
+    places = None if spec is None else spec.submodule_search_locations
+    folders = [Path(place) / "cu13" for place in places or ()]
+    root = next((folder for folder in folders if (folder / "bin" / "ptxas").is_file()), None)
+    if root is not None:
+        os.environ["PATH"] = os.pathsep.join([str(root / "bin"), os.environ.get("PATH", os.defpath)])
+    return root
+
+
+@cache
 def compile_device(target: GpuTarget):
     """A device that can be compiled for and not run on.
 
@@ -143,6 +162,9 @@ def compile_for(
     Raises:
       UserError: as `compile_device`.
     """
+    if target is not None and (root := wheel_compiler()) is not None:
+        # of XLA's own kernels; JAX would take that of the variable CUDA_ROOT
+        options = {"xla_gpu_cuda_data_dir": str(root)} | (options or {})
     traced = program.trace(*abstract(tuple(args), target), **(static or {}))
     lowered = traced.lower(**({} if target is None else {"lowering_platforms": ("cuda",)}))
     return lowered.compile(compiler_options=options)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.gpu import model
-from experiments.gpu.cases import Case
-from experiments.gpu.rows import Row, row_of
+from lcx.bench import model
+from lcx.bench.cases import Case
+from lcx.bench.rows import Row, row_of
 from pallas_kernels.tables import ATTEND_GRAD
 
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from experiments.gpu import cases, decode, score
-from experiments.gpu.cases import SCORES, Case
+from lcx.bench import cases, decode, score
+from lcx.bench.cases import SCORES, Case
 from pallas_kernels.lists import ROWS, SIZE, BlockList
 
 
@@ -39,12 +39,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """A program, its arguments, and what computes the same plainly."""
+    """A program, its arguments as arrays and as shapes, and what computes the same plainly."""
 
     name: str
     kernel: str
     program: Callable
     make: Callable[[], tuple]
+    abstract: Callable[[], tuple]
     reference: Callable
 
 
@@ -86,12 +87,15 @@ def check_of(case: Case, on_gpu: bool) -> Check:
         # interpreted, each of as many pieces as fill a GPU would take its time
         attend = decode.program(case, None if on_gpu else 2)
         one = lambda q, pages, table, length: attend(q, pages, table[None], length[None])[0]
-        return Check(case.name, case.kernel, one, lambda: decode.small(case), decode.reference(case))
+        shapes = lambda: decode.abstract_small(case)
+        return Check(case.name, case.kernel, one, lambda: decode.small(case), shapes, decode.reference(case))
     if case.kernel in SCORES:
         plain = jax.jit(score.reference(case))
-        return Check(case.name, case.kernel, score.program(case), lambda: score.arrays(case), plain)
+        shapes = lambda: score.abstract(case)
+        return Check(case.name, case.kernel, score.program(case), lambda: score.arrays(case), shapes, plain)
     plain = jax.jit(cases.reference(case))
-    return Check(case.name, case.kernel, cases.ours(case, case.blocks()), case.arrays, plain)
+    shapes = lambda: jax.eval_shape(case.arrays)
+    return Check(case.name, case.kernel, cases.ours(case, case.blocks()), case.arrays, shapes, plain)
 
 
 def _abstract(case: Case) -> tuple[Any, ...]:

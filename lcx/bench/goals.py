@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.gpu.cases import Case
+from lcx.bench.cases import Case
 
 # least ratio to the best peer in the same run: kernel, head_dim, least tokens
 GOALS = (

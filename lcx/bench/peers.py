@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from experiments.gpu.cases import SCORES, Case
-from experiments.gpu.decode import calls
-from experiments.gpu.timing import Timed, jax_timer, repeated, torch_timer
+from lcx.bench.cases import SCORES, Case
+from lcx.bench.decode import calls
+from lcx.bench.timing import Timed, jax_timer, repeated, torch_timer
 
 FA3_DECODE = ((4, 64), (16, 64), (4, 256), (16, 256))  # splits of a row, tokens of a page: the best of them counts
 

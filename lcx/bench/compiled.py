@@ -9,10 +9,8 @@ from pathlib import Path
 from unittest import mock
 
 import jax
-import pytest
 
-from lcx.errors import UserError
-from lcx.plan.targets import TARGETS, compile_device, compile_for
+from lcx.plan.targets import TARGETS, compile_for
 
 SHARED_LIMIT = TARGETS["h200"].shared_optin_bytes  # 232,448: of one block
 
@@ -40,10 +38,17 @@ class Report:
     ptx: tuple[str, ...]
 
     def check(self, wgmma: bool = True):
-        """Fails on a spill, on too much shared memory, and (`wgmma`) on a kernel without the instruction.  Gives the report back."""
-        assert self.spill_stores == self.spill_loads == 0, f"{self.spill_stores} bytes of registers are spilled: {self}"
-        assert self.shared <= SHARED_LIMIT, f"{self.shared} bytes of shared memory, a block may have {SHARED_LIMIT}"
-        assert self.wgmma or not wgmma, "a kernel has no wgmma"
+        """Return the report.
+
+        Raises:
+          AssertionError: a spill, too much shared memory, or (`wgmma`) a kernel without the instruction.
+        """
+        if self.spill_stores or self.spill_loads:
+            raise AssertionError(f"{self.spill_stores} bytes of registers are spilled: {self}")
+        if self.shared > SHARED_LIMIT:
+            raise AssertionError(f"{self.shared} bytes of shared memory, a block may have {SHARED_LIMIT}")
+        if wgmma and not self.wgmma:
+            raise AssertionError("a kernel has no wgmma")
         return self
 
     def __str__(self):
@@ -56,32 +61,26 @@ class Report:
 
 def _one(pattern: str, text: str, name: str) -> list[int]:
     match = re.search(pattern, text)
-    assert match, f"{name} has no line like {pattern!r}; it says: {text[:500]}"
+    if not match:
+        raise AssertionError(f"{name} has no line like {pattern!r}; it says: {text[:500]}")
     return [int(x) for x in match.groups()]
-
-
-def require_compiler():
-    """Skips the test where the compile-only CUDA wheels (the extra `plan`) are not installed."""
-    try:
-        compile_device(TARGETS["h200"])
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 def compile_kernel(fn: Callable, *shapes) -> Report:
     """`fn` compiled for the H200 from shapes alone (`jax.ShapeDtypeStruct`, or arrays), in pytrees.
 
     Raises:
+      UserError: as `compile_for`.
       AssertionError: there is no Mosaic GPU kernel in it, or the reports lack a line that is looked for.
     """
-    require_compiler()
     with tempfile.TemporaryDirectory() as folder:
         flags = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
         with mock.patch.dict(os.environ, flags):
             # a new function: jit must not answer with a program that was compiled without these flags
             compile_for(TARGETS["h200"], jax.jit(lambda *args: fn(*args)), shapes)
         reports = sorted(Path(folder).glob("*.ptxas"))
-        assert reports, "no report of ptxas: no Mosaic GPU kernel was compiled"
+        if not reports:
+            raise AssertionError("no report of ptxas: no Mosaic GPU kernel was compiled")
         rows, ptx = [], []
         for path in reports:
             text, code = path.read_text(), path.with_suffix(".ptx").read_text()

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.gpu import decode
-from experiments.gpu.cases import Case
-from experiments.gpu.rows import Row, abstract_list
+from lcx.bench import decode
+from lcx.bench.cases import Case
+from lcx.bench.rows import Row, abstract_list
 from pallas_kernels.attend import attend
 from pallas_kernels.lists import ROWS, SIZE, from_blocks
 from pallas_kernels.mask import Mask
@@ -208,7 +208,7 @@ def composed(ms: dict[str, float]) -> list[tuple[str, dict[str, Any]]]:
     return [
         (
             name,
-            {unit: value, "goal": goal, "met": value <= goal, "composed": "from measured parts, see experiments/gpu/model.py"}
+            {unit: value, "goal": goal, "met": value <= goal, "composed": "from measured parts, see lcx/bench/model.py"}
             | {"parts": {n: t for n, t in parts.items() if n.startswith(f"model {kind}")}},
         )
         for name, kind, unit, value, goal in about

@@ -8,7 +8,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from experiments.gpu.cases import EXTREMES, Case
+from lcx.bench.cases import EXTREMES, Case
 from lcx.ops import block_scores as scores
 from pallas_kernels import score_blocks, score_probe
 

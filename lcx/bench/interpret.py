@@ -6,7 +6,7 @@ registers, `copy_smem_to_gmem` with a predicate or a reduction, atomic stores.  
 against the writes of TMA (upstream does not): a wgmma before its `barrier_wait`, or after the arrival that frees its operand, is a race.
 
 What it cannot see: a wgmma is finished when it is issued (`wgmma_wait` does nothing), so reuse of an operand before the wait is
-invisible; blocks run one after another; registers, banks, alignment and the lowering itself (see tests/aot_support.py).
+invisible; blocks run one after another; registers, banks, alignment and the lowering itself (see lcx/bench/compiled.py).
 """
 
 import contextlib
@@ -128,6 +128,8 @@ class _ReducingCopy(gpu_callbacks.AsyncCopySmemToGmemTask):
         new, _, _ = shared.get_buffer_content(
             self.src_allocation_key, self.src_access, self.thread, logging_info=self.logging_info
         )
+        if new is None:
+            raise IndexError(f"out-of-bounds copy from {self.src_allocation_key}: [{self.src_access}]")
         # other threads' reductions to the same place are ordered by the memory system: only this write is checked for races
         self.post_read(tma_thread_id, shared)
         shape = tuple(shared.buffer_shape_and_dtype(self.dst_allocation_key).shape)
@@ -374,8 +376,10 @@ def interpreted(fn, *, seconds: float = SECONDS):
                 out = jax.block_until_ready(jax.jit(lambda *a: fn(*a, **kwargs))(*args))
             # all of the test's later work on `out` is outside of the interpreter
             out = jax.tree.map(jnp.asarray, out)
-            assert detectors, "no Mosaic GPU kernel ran"
-            assert not any(d.races_found for d in detectors), "the race detector found a race; see what it printed"
+            if not detectors:
+                raise AssertionError("no Mosaic GPU kernel ran")
+            if any(d.races_found for d in detectors):
+                raise AssertionError("the race detector found a race; see what it printed")
             return out
         finally:
             watch.cancel()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.gpu.cases import Case
+from lcx.bench.cases import Case
 from lcx.ops.attention import Partial
 from pallas_kernels.decode import decode
 from pallas_kernels.payloads import FLOATS, PAGE, Pages, Payload, pack_pages
@@ -88,6 +88,13 @@ def small(case: Case, seed: int = 0):
     pages = jax.tree.map(lambda x: x[np.argsort(order)], pages)
     table = jnp.asarray(order[np.asarray(table)], jnp.int32)
     return q, pages, table, jnp.full((case.batch,), case.tokens, jnp.int32)
+
+
+def abstract_small(case: Case):
+    """The same as shapes."""
+    q, pages, tables, lengths = abstract(case, 1)
+    table, length = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (tables, lengths))
+    return q, pages, table, length
 
 
 def dequantised(pages: Pages):

@@ -1,1 +1,0 @@
-"""What `experiments.bench_gpu` measures, against whom, and how it takes times."""
