@@ -218,6 +218,31 @@ def test_choice_stops_where_tau_is_reached_exactly():
     assert xattention.choose_row(8 * row, 2, 0.75).tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("tau", "expected"),
+    [
+        # block 0, the own block and the largest other, 1, are always taken; 3 because .3 is below .32; then .6 is not
+        (0.1, [0, 1, 5]),
+        (0.32, [0, 1, 3, 5]),
+        # .6 is below .7, .8 is not
+        (0.7, [0, 1, 2, 3, 5]),
+        (0.9, [0, 1, 2, 3, 5]),
+        (1.0, [0, 1, 2, 3, 4, 5]),  # .95 is below 1 when block 4, without mass, has its turn
+    ],
+)
+def test_choice_in_the_authors_first_chunk_by_hand(tau, expected):
+    row = np.array([0.05, 0.3, 0.15, 0.2, 0, 0.3, 0])
+    assert np.flatnonzero(xattention.choose_row_of_first_chunk(row, 5, tau)).tolist() == expected
+
+
+def test_first_chunk_changes_its_own_rows_alone(batch):
+    q, k, _, pos = batch
+    rows = [xattention.chosen_blocks(q, k, pos, pos, 4, 8, 0.5, first_chunk=n) for n in (0, 16)]
+    for (_, ours), (_, theirs) in zip(*rows, strict=True):
+        assert (ours[:, :, 1, 0] & theirs[:, :, 1, 0]).all()
+        np.testing.assert_array_equal(ours[:, :, 2:], theirs[:, :, 2:])
+
+
 def test_no_smaller_set_reaches_tau():
     rng = np.random.default_rng(0)
     for own, tau in itertools.product((1, 4, 7), (0.5, 0.8, 0.95)):

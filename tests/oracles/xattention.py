@@ -9,6 +9,10 @@ As the authors' code (mit-han-lab/x-attention) does it, per query head, at norm 
 - Missing tokens are zero vectors.  A group with at least one token counts whole; a group without any counts nothing.
 - A block row takes block 0 and its own block, then the largest others while what it has is BELOW tau x the row's sum.
   Blocks of mass 0 are never needed, so tau = 1 gives all blocks of positive mass.
+- The FIRST chunk of the authors' code differs, hardly on purpose: writing the diagonal wipes out the mark of block 0, so
+  block 0 takes its turn by size, and the sum that is compared with tau lags one block behind.  (Block 0 is taken all the
+  same: unused entries of the index list point to it.)  Rows there hold up to two blocks more than needed.  That chunk is
+  the whole text up to 16,384 tokens.  `first_chunk` repeats it; the default, 0, is the rule of every later chunk.
 
 The authors' code pads to its chunk (2,048 or more), which changes nothing above: what it adds lies in the future.  Not
 copied: their version without Triton masks all earlier chunks where the text is a multiple of the chunk (`-0:` as a slice),
@@ -94,10 +98,24 @@ def choose_row(mass, own, tau):
     return chosen
 
 
-def chosen_blocks(q, k, q_pos, kv_pos, stride, block, tau):
+def choose_row_of_first_chunk(mass, own, tau):
+    """Return bool [M], what the authors' code takes in its first chunk.  mass [M]."""
+    chosen = np.zeros(len(mass), bool)
+    chosen[[0, own]] = True
+    # block 0 among them, in its turn
+    others = np.argsort(-mass[:own], kind="stable")
+    for i, place in enumerate(others):
+        if i and mass[own] + math.fsum(mass[others[: i - 1]]) >= tau * math.fsum(mass):
+            break
+        chosen[place] = True
+    return chosen
+
+
+def chosen_blocks(q, k, q_pos, kv_pos, stride, block, tau, first_chunk=0):
     """Return the blocks read, as a list of B pairs (first, bool [K,G,Q,M]); arguments as in `block_scores`.
 
     tau: share of a row's mass to reach, a number or an array that broadcasts to [K,G].
+    first_chunk: tokens, a multiple of `block`, whose rows are chosen as in the first chunk of the authors' code.
     """
     rows = []
     for first, scores in block_scores(q, k, q_pos, kv_pos, stride, block):
@@ -105,7 +123,8 @@ def chosen_blocks(q, k, q_pos, kv_pos, stride, block, tau):
         share = np.broadcast_to(tau, (K, G))
         chosen = np.zeros(scores.shape, bool)
         for h, g, i in np.ndindex(K, G, Q):
-            chosen[h, g, i] = choose_row(scores[h, g, i], first + i, share[h, g])
+            choose = choose_row_of_first_chunk if (first + i) * block < first_chunk else choose_row
+            chosen[h, g, i] = choose(scores[h, g, i], first + i, share[h, g])
         rows.append((first, chosen))
     return rows
 
