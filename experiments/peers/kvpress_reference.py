@@ -103,9 +103,11 @@ def prefill(model, ids, press=None):
     return cache, kept
 
 
-def mask_of_layer(held, T):
-    """bool [1, 1, T, held + T]: every key held, and the T new ones causally."""
-    return torch.cat([torch.ones(T, held, dtype=torch.bool), torch.ones(T, T, dtype=torch.bool).tril()], 1)[None, None]
+def explicit_mask(num_kept, T=CONTINUATION):
+    """float32 [1, 1, T, num_kept + T], added to the logits: all kept keys, and the T new ones causally."""
+    # not bool: eager attention would add it
+    visible = torch.cat([torch.ones(T, num_kept, dtype=torch.bool), torch.ones(T, T, dtype=torch.bool).tril()], dim=1)
+    return torch.zeros(T, num_kept + T).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
 
 
 @contextlib.contextmanager
@@ -115,9 +117,9 @@ def masks_by_layer(model, cache, T):
     transformers builds one mask a step, as long as the first layer's cache; it fails where another layer holds fewer.
     """
 
-    def hook(held):
+    def hook(num_kept):
         def replace(module, args, kwargs):
-            return args, kwargs | {"attention_mask": mask_of_layer(held, T)}
+            return args, kwargs | {"attention_mask": explicit_mask(num_kept, T)}
 
         return replace
 
@@ -175,13 +177,6 @@ def check_one_token_at_a_time(model, ids, press, num_tokens=16):
     cache, _ = prefill(model, ids, press)
     steps = [continue_nll(model, ids, cache, start=t, end=t + 1)[0] for t in range(PROMPT, PROMPT + num_tokens)]
     return largest_difference(together, steps)
-
-
-def explicit_mask(num_kept):
-    """float32 [1, 1, T, num_kept + T]: all kept keys, and the continuation causally."""
-    T = CONTINUATION
-    visible = torch.cat([torch.ones(T, num_kept, dtype=torch.bool), torch.ones(T, T, dtype=torch.bool).tril()], dim=1)
-    return torch.zeros(T, num_kept + T).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
 
 
 def kept_only_attention(module, query, key, value, attention_mask, scaling, **kwargs):
