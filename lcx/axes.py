@@ -34,6 +34,7 @@ FACTS = {
     "all attention": "the attention over every key from the first token on",
     "all heads": "every KV head of the layer in its segment",
     "one segment": "a chain of one segment",
+    "rotated keys": "keys that are stored after RoPE",
     "one set": "one set of positions for all KV heads of the segment",
 }
 

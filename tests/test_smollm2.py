@@ -31,7 +31,10 @@ PRESSES = {
 # presses of peers_smollm2_layers.npz: config and switches.  The switches of pyramidkv are a guess at the config's fields.
 LAYER_PRESSES = {
     "keydiff": ("keydiff", {}),
-    "pyramidkv": ("pyramidkv", {"recipe.segments.0.policy.window": "16", "recipe.segments.0.policy.beta": "10"}),
+    "pyramidkv": (
+        "pyramidkv",
+        {f"recipe.segments.0.compress.{n}": v for n, v in {"window": "16", "beta": "10", "rule": "kvpress"}.items()},
+    ),
 }
 
 
@@ -103,7 +106,7 @@ def test_continuation_nll_equals_kvpress(model, press, ratio):
     session.prefill(ids[:PROMPT])
     for layer in (0, 15, 29):
         kept = PEERS[f"main/{press}/{ratio}/kept/{layer}"]
-        (slots,) = (s for name, s in session.cache[layer].items() if name != "probe")
+        (slots,) = session.cache[layer].segments.values()
         pos = np.asarray(slots.pos[0])
         ours = [set(pos[min(r, len(pos) - 1)]) - {EMPTY} for r in range(3)]
         for mine, theirs in zip(ours, kept, strict=True):
@@ -159,7 +162,7 @@ def test_every_layer_keeps_what_kvpress_keeps(model, press, ratio):
     session.prefill(ids[:PROMPT])
     budget = LAYERS[f"main/{press}/{ratio}/budget"]
     for layer, theirs in enumerate(kept_bits(press, ratio)):
-        (slots,) = (s for name, s in session.cache[layer].items() if name != "probe")
+        (slots,) = session.cache[layer].segments.values()
         pos = np.asarray(slots.pos[0])
         for head in range(3):
             mine = np.setdiff1d(pos[min(head, len(pos) - 1)], [EMPTY])
