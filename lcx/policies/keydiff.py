@@ -16,10 +16,10 @@ TINY = 1e-12  # least length of a key or of the anchor, against a division by 0
 class KeyDiff(Evict):
     """Keeps the tokens whose keys are least like the mean direction of all keys, one set per KV head, after every step.
 
-    KeyDiff, Park et al. 2025, arXiv:2504.15364, section 3: the score is minus the cosine between a key (after RoPE) and the anchor, the mean
-    of the keys after each is scaled to length 1; the anchor is taken anew over what is held and what is new at each choice.  No query
-    votes, and nothing is protected, neither sinks nor the newest token.  A prompt in one step is one choice, as NVIDIA/kvpress makes it;
-    chunks of 128 are the paper's blocks.  Differs: the cosine is computed in float32.
+    KeyDiff, Park et al. 2025, arXiv:2504.15364, section 3: the score is minus the cosine between a key (after RoPE) and the anchor,
+    the mean of the keys after each is scaled to length 1; the anchor is taken anew over what is held and what is new at each choice.
+    No query votes, and nothing is protected, neither sinks nor the newest token.  A prompt in one step is one choice, as
+    NVIDIA/kvpress makes it; chunks of 128 are the paper's blocks.  Differs: the cosine is computed in float32.
 
     Args:
       budget: tokens kept per KV head, >= 1.
