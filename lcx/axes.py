@@ -105,6 +105,7 @@ class Pattern(Part):
 
     visits: ClassVar[tuple[str, ...]] = ()  # "held", "own": the keys for which `visit` lists pages
     one_shot: ClassVar[bool] = False  # prefill needs the whole prompt in one step
+    step_multiple: int = 1  # prefill steps begin at multiples of so many tokens
     turns: ClassVar[bool] = False  # rotates by `rope_pos`, so that segments hold keys before RoPE
 
     def mask(self, ctx) -> Mask | None:
