@@ -58,7 +58,7 @@ def antidiagonal_mass(
         return [_blocks(at, here, source, stride, per, scale) for source in sources]
 
     tiles = lax.map(rows, jnp.arange(a.shape[3] // n_q))
-    join = lambda x: jnp.moveaxis(x, 0, 3).reshape(B, R, G, -1, x.shape[-1])[:, :, :, : Q * per]
+    join = lambda x: jnp.moveaxis(x, 0, 3).reshape(B, R, G, a.shape[3], x.shape[-1])[:, :, :, : Q * per]
     tops, sums = zip(*((join(top), join(total)) for top, total in tiles), strict=True)
     top = jnp.max(jnp.stack([t.max(-1, initial=-BIG) for t in tops]), 0)
     weights = [s * jnp.exp(t - top[..., None]) for t, s in zip(tops, sums, strict=True)]
