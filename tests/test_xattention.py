@@ -1,5 +1,8 @@
 """XAttention: blocks against an independent float64 oracle, in one shot and in chunks."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
