@@ -1,4 +1,4 @@
-"""One decoder for Llama, SmolLM2, Qwen2, Qwen3 and Gemma 3.  It knows no attention method: its only attention call is `layer.attention`.
+"""One decoder for Llama, Mistral, SmolLM2, Qwen2, Qwen3, Phi-3 and Gemma 3.  It knows no attention method: its only attention call is `layer.attention`.
 
 Weights and caches are per layer, and the block is the jitted unit: it compiles once per distinct (recipe, shape) and runs faster on a CPU
 than one program over all layers.  `nnx` modules hold parameters; every transform is plain jax.
@@ -22,7 +22,7 @@ from lcx.attention import EMPTY, tile_starts
 from lcx.config import ModelConfig, param_shapes
 from lcx.layer import Ctx, attention, repack, split_heads
 from lcx.recipe import Recipe
-from lcx.rope import inverse_frequencies, rotate
+from lcx.rope import inverse_frequencies, rope_of, rotate
 
 # rows of a linear layer at a time on a CPU: activations stay in cache and their pages are used again (docs/design.md)
 ROWS = 512
@@ -131,6 +131,7 @@ def _leave(w, config: ModelConfig, x, out):
 
     def rows(x, out):
         out = _matmul(rearrange(out.astype(x.dtype), "B K G T D -> B T (K G D)"), w["o"])
+        out = out + w["o_bias"] if config.o_bias else out
         x = x + (rms_norm(out, w["post_attn_norm"], config.norm_eps) if config.post_norms else out)
         gate, up = jnp.split(_matmul(rms_norm(x, w["mlp_norm"], config.norm_eps), w["gate_up"]), 2, axis=-1)
         out = _matmul(_activation(config, gate) * up, w["down"])
@@ -140,8 +141,8 @@ def _leave(w, config: ModelConfig, x, out):
 
 
 def _rotation(config: ModelConfig, local: bool):
-    inverse = inverse_frequencies(config, local)
-    return lambda x, pos, axis=-1: rotate(x, pos, inverse, axis)
+    inverse, scale = inverse_frequencies(config, local), rope_of(config, local).scale
+    return lambda x, pos, axis=-1: rotate(x, pos, inverse, axis, scale)
 
 
 def _per_head(config: ModelConfig, aux) -> dict[str, jax.Array]:

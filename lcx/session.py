@@ -85,7 +85,8 @@ class Session:
     ):
         self.implementation = resolve(implementation)
         self.layers = model if isinstance(model, Layers) else Layers.of(model)
-        self.config = self.layers.config
+        # RoPE may depend on the length of the text
+        self.config = self.layers.config.at_length(prompt + new_tokens)
         self.recipe, self.prompt, self.new_tokens, self.batch = recipe, prompt, new_tokens, batch
         self.schedule = schedule or OneShot()
         recipe.check(self.config, aux)
@@ -319,11 +320,17 @@ def _plan(report) -> dict[str, int]:
     return found | {"peak": found["argument"] + found["output"] + found["temp"] - found["alias"]}
 
 
-def generate(session: Session, prompt, num_tokens: int, *, stop: Sequence[int] = ()) -> Iterator[int]:
-    """Greedy tokens of one text, one by one, until `num_tokens` or one of `stop`."""
+def generate(
+    session: Session, prompt, num_tokens: int, *, stop: Sequence[int] = (), choose: Callable | None = None
+) -> Iterator[int]:
+    """Greedy tokens of one text, one by one, until `num_tokens` or one of `stop`.
+
+    `choose`: logits [B,V] -> token ids [B], such as `Pretrained.choose`; None: the largest logit.
+    """
+    choose = choose or (lambda logits: jnp.argmax(logits, -1))
     logits = session.prefill(prompt)
     for i in range(num_tokens):
-        token = int(jnp.argmax(logits[0]))
+        token = int(choose(logits)[0])
         yield token
         if token in stop or i + 1 == num_tokens:
             return
