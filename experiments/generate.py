@@ -30,7 +30,6 @@ def main() -> None:
     text = FLAGS.prompt if FLAGS.prompt is not None else cli.read_text(FLAGS.prompt_file)
     model = cli.load(found)
 
-    from lcx.loading import starts_with_bos
     from lcx.measure.memory import peak_rss_bytes
     from lcx.measure.quality import make_session
     from lcx.session import generate
@@ -39,7 +38,7 @@ def main() -> None:
     if FLAGS.chat:
         ids = tokenizer.chat([{"role": "user", "content": text}])
     else:
-        ids = starts_with_bos(tokenizer, tokenizer.encode(text))
+        ids = tokenizer.text_ids(text)
     if FLAGS.prompt_tokens is not None:
         if len(ids) < FLAGS.prompt_tokens:
             raise UserError(f"prompt_tokens={FLAGS.prompt_tokens}: the prompt has {len(ids)} tokens")
@@ -49,11 +48,10 @@ def main() -> None:
     model.check_length(len(ids) + FLAGS.num_tokens - 1, FLAGS.allow_extrapolation)
     session = make_session(model.layers, cli.with_budget(found, len(ids)), len(ids), FLAGS.num_tokens - 1)
     compiled = session.compile(len(ids), [1] if FLAGS.num_tokens > 1 else [])
-    stop = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     stream = tokenizer.stream(skip_special=True)
     start = time.perf_counter()
     first = count = 0
-    for token in generate(session, ids, FLAGS.num_tokens, stop=stop):
+    for token in generate(session, ids, FLAGS.num_tokens, stop=model.stop_ids, choose=model.choose):
         count += 1
         first = first or time.perf_counter() - start
         print(stream.feed(token), end="", flush=True)

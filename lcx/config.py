@@ -69,7 +69,9 @@ class ModelConfig:
     activation: str = "silu"
     embed_scale: float = 1.0  # Gemma: sqrt(d_model)
     attention_scale: float | None = None  # None: head_dim ** -0.5
-    window: int | None = None  # tokens that a local layer sees, the current one included; alone: of every layer (Mistral)
+    window: int | None = (
+        None  # tokens that a local layer sees, the current one included; alone: of every layer (Mistral)
+    )
     global_every: int | None = None  # layer i (from 0) is global when (i + 1) % global_every == 0 (Gemma 3)
     local_layers: tuple[bool, ...] | None = None  # or one entry a layer (Qwen2, Qwen3)
 

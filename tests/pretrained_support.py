@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
-from lcx.config import ModelConfig
+from lcx.config import ModelConfig, Rope
 
 SIZES = {
     "num_layers": 2,
@@ -35,7 +35,7 @@ ARCHITECTURES = {
         "attention_scale": 16**-0.5,
         "window": 16,
         "global_every": 6,
-        "rope_base_local": 10_000.0,
+        "rope_local": Rope(base=10_000.0),
     },
 }
 HF_CLASS = {
@@ -52,7 +52,7 @@ TOKENS = [chr(i) for i in range(ord("A"), ord("A") + 45)] + ["ab", "abc", "<|end
 
 def small_config(arch: str, tied: bool = True) -> ModelConfig:
     values = SIZES | ARCHITECTURES[arch]
-    return ModelConfig(name=HF_CLASS[arch], rope_base=50_000.0, norm_eps=1e-6, tied=tied, **values)
+    return ModelConfig(name=HF_CLASS[arch], rope=Rope(base=50_000.0), norm_eps=1e-6, tied=tied, **values)
 
 
 def hf_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -100,7 +100,7 @@ def hf_json(arch: str, config: ModelConfig) -> dict:
         "vocab_size": c.vocab_size,
         "max_position_embeddings": c.context,
         "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_base,
+        "rope_theta": c.rope.base,
         "tie_word_embeddings": c.tied,
         "hidden_act": "silu",
     }
@@ -173,7 +173,7 @@ def write_gguf(path: Path, arch: str, config: ModelConfig, weights: dict[str, np
     writer.add_feed_forward_length(c.d_ff)
     writer.add_context_length(c.context)
     writer.add_vocab_size(c.vocab_size)
-    writer.add_rope_freq_base(c.rope_base)
+    writer.add_rope_freq_base(c.rope.base)
     writer.add_layer_norm_rms_eps(c.norm_eps)
     if c.window:
         writer.add_sliding_window(c.window)

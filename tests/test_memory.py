@@ -16,7 +16,7 @@ from lcx.codecs.exact import Cast
 from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import chain
 from lcx.codecs.paged import chain as paged_chain
-from lcx.config import ModelConfig, param_shapes
+from lcx.config import ModelConfig, Rope, param_shapes
 from lcx.errors import UserError
 from lcx.implementation import PREFER_PALLAS, resolve
 from lcx.measure.gpu_targets import TARGETS, compile_device, compile_for, gpu_target
@@ -29,7 +29,7 @@ from lcx.recipe import Recipe, Segment
 from lcx.session import Session
 
 # three of the 32 layers: Quest reads the first two densely
-LLAMA3_8B = ModelConfig("llama3-8b", 3, 4_096, 32, 8, 128, 14_336, 128_256, 131_072, rope_base=5e5, tied=False)
+LLAMA3_8B = ModelConfig("llama3-8b", 3, 4_096, 32, 8, 128, 14_336, 128_256, 131_072, rope=Rope(base=5e5), tied=False)
 TOKENS, CHUNK = 131_072, 2_048
 GIB = 2**30
 HALF = split_by_score([[0, 1] * 4] * 3, 0.5)

@@ -149,7 +149,10 @@ def weights(name: str) -> dict[str, np.ndarray]:
             x = 0.3 * x + (0 if gemma3 else 1)
         elif key.endswith("bias"):
             x = 0.7 * x
-        elif "embed" not in key:
+        elif "embed" in key:
+            # as a head it gives logits with a spread of 1, as the other heads do
+            x = x * np.float32(1.7 / shape[-1] ** 0.5 if c["tie_word_embeddings"] else 1)
+        else:
             # queries and keys so large that attention is not flat: a wrong angle shows
             x = x * np.float32((4.0 if "self_attn.q" in key or "self_attn.k" in key else 1.7) / shape[-1] ** 0.5)
         made[key] = x.astype(np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 from lcx import texts
 from lcx.attention import attend, merge, tokens_source
 from lcx.errors import UserError
-from lcx.loading import Pretrained, starts_with_bos
+from lcx.loading import Pretrained
 from lcx.model import Layers, Model
 from lcx.policies.keep import KeepAll
 from lcx.policies.sink_window import SinkWindow
@@ -100,7 +100,7 @@ def calibrate(model: Pretrained, text: str, tokens: int, sink: int, window: int)
       UserError: no such text, a number out of range, or fewer tokens in the text or in the model's context.
     """
     config = model.config
-    ids = starts_with_bos(model.tokenizer, model.tokenizer.encode(texts.read(text)))
+    ids = model.tokenizer.text_ids(texts.read(text))
     most = min(len(ids), config.context)
     if not 1 <= tokens <= most:
         raise UserError(f"tokens={tokens}; text {text!r} and the context of {model.name} allow 1 to {most}")

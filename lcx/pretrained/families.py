@@ -88,7 +88,9 @@ def check_architecture(key: str, name: str, path: str) -> None:
     family = next((f for f in FAMILIES if (f.gguf if gguf else f.hf) == name), None)
     known = f" ({family.checkpoints})" if family else ""
     why = family.refused if family else "it is unknown to lcx"
-    raise CheckpointFormatError(f"{path}: {key}={name[:40]!r}{known} is not loaded: {why}; allowed are {', '.join(allowed)}")
+    raise CheckpointFormatError(
+        f"{path}: {key}={name[:40]!r}{known} is not loaded: {why}; allowed are {', '.join(allowed)}"
+    )
 
 
 def table() -> str:

@@ -68,9 +68,7 @@ class Fields:
         value = self.values.get(key)
         # numpy arrays have no truth value, so `in` is for plain values only
         if value is not None and not (isinstance(value, (bool, int, float, str)) and value in allowed):
-            raise self.fail(
-                key, " or ".join(repr(value) for value in allowed) or "none: lcx does not compute it"
-            )
+            raise self.fail(key, " or ".join(repr(value) for value in allowed) or "none: lcx does not compute it")
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of `count` numbers above 0."""

@@ -37,7 +37,9 @@ def _rope(path: str, **values) -> Rope:
         raise CheckpointFormatError(f"{path}: {error}") from None
 
 
-def yarn_divisors(base: float, pairs: int, factor: float, trained: int, fast: float, slow: float, truncate: bool = True):
+def yarn_divisors(
+    base: float, pairs: int, factor: float, trained: int, fast: float, slow: float, truncate: bool = True
+):
     """YaRN's divisors: `factor` for pairs that turn less than `slow` times in `trained` tokens, 1 for more than `fast` times.
 
     Source: YaRN, arXiv:2309.00071, equation 20, with the ramp over whole pairs as in transformers and llama.cpp.
@@ -89,7 +91,9 @@ def hf_rope(f: Fields, scaling: Fields, key: str, head_dim: int, context: int, d
         raise CheckpointFormatError(f"{f.path}: partial_rotary_factor={part}; allowed is 1 for this architecture")
     dim = int(head_dim * part) if part != 1 else head_dim
     if dim > head_dim or dim < 2 or dim % 2:
-        raise CheckpointFormatError(f"{f.path}: partial_rotary_factor={part} of head_dim={head_dim} is not an even number")
+        raise CheckpointFormatError(
+            f"{f.path}: partial_rotary_factor={part} of head_dim={head_dim} is not an even number"
+        )
     make = partial(_rope, f.path, base=base, dim=None if dim == head_dim else dim)
     pairs = dim // 2
     kind_key = f"{key}.rope_type" if scaling.has(f"{key}.rope_type") else f"{key}.type"
@@ -125,8 +129,7 @@ def hf_rope(f: Fields, scaling: Fields, key: str, head_dim: int, context: int, d
         return RopeSettings(make(divisors=divisors, scale=scale), context=reach)
     scale = scaling.number(f"{key}.attention_factor", _longrope_scale(factor, trained))
     short, long = (
-        make(divisors=scaling.numbers(f"{key}.{name}", pairs), scale=scale)
-        for name in ("short_factor", "long_factor")
+        make(divisors=scaling.numbers(f"{key}.{name}", pairs), scale=scale) for name in ("short_factor", "long_factor")
     )
     return RopeSettings(short, trained, long)
 
@@ -198,10 +201,14 @@ def gguf_rope(file: GGUFFile, f: Fields, arch: str, head_dim: int, context: int)
     reach = int(min(factor * trained, 1 << 31)) if kind == "yarn" else 0
     if found["rope_freqs"] is not None or (short is None and long is None):
         if kind == "longrope" and found["rope_freqs"] is None:
-            raise CheckpointFormatError(f"{file.path}: {rope}.scaling.type='longrope' without tensors rope_factors_*.weight")
+            raise CheckpointFormatError(
+                f"{file.path}: {rope}.scaling.type='longrope' without tensors rope_factors_*.weight"
+            )
         return RopeSettings(with_factors(found["rope_freqs"]), context=reach)
     if short is None or long is None:
-        raise CheckpointFormatError(f"{file.path}: has one of rope_factors_short.weight and rope_factors_long.weight; allowed are both")
+        raise CheckpointFormatError(
+            f"{file.path}: has one of rope_factors_short.weight and rope_factors_long.weight; allowed are both"
+        )
     return RopeSettings(with_factors(short), trained, with_factors(long), reach)
 
 
