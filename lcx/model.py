@@ -1,4 +1,4 @@
-"""One decoder for Llama, Mistral, SmolLM2, Qwen2, Qwen3, Phi-3 and Gemma 3.  It knows no attention method: its only attention call is `layer.attention`.
+"""One decoder for the families of `lcx.pretrained.families`.  It knows no attention method: its only attention call is `layer.attention`.
 
 Weights and caches are per layer, and the block is the jitted unit: it compiles once per distinct (recipe, shape) and runs faster on a CPU
 than one program over all layers.  `nnx` modules hold parameters; every transform is plain jax.

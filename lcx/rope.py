@@ -1,4 +1,7 @@
-"""Rotary position embedding, half-split pairs (i, i + R/2) of the R channels that turn.  Angles are float32: bfloat16 cannot count past 256."""
+"""Rotary position embedding, half-split pairs (i, i + R/2) of the R channels that turn.
+
+Angles are float32: bfloat16 cannot count past 256.
+"""
 
 from __future__ import annotations
 

@@ -45,51 +45,57 @@ GEMMA3 = {
     "rms_norm_eps": 1e-6,
 }
 
-# name -> (class, what differs from BASE, tokens of the text)
+NEW_LINEAR = {"rope_theta": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e3}}
+YARN_RATIO = {"factor": None, "original_max_position_embeddings": 128}
+TRAINED_64 = {"original_max_position_embeddings": 64}
+PART_LONGROPE = {**LONGROPE, "short_factor": SHORT[:6], "long_factor": LONG[:6]}
+WINDOW_8 = {"use_sliding_window": True, "sliding_window": 8}
+
+# name -> (class without "ForCausalLM", what differs from BASE, tokens of the text)
 CASES: dict[str, tuple[str, dict, int]] = {
-    "llama": ("LlamaForCausalLM", {}, 40),
-    "llama_tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}, 40),
-    "llama_biases": ("LlamaForCausalLM", {"attention_bias": True}, 40),
-    "llama_derived_head_dim": ("LlamaForCausalLM", {"head_dim": None}, 40),
-    "llama_linear": ("LlamaForCausalLM", {"rope_scaling": {"type": "linear", "factor": 4.0}}, 40),
-    "llama_linear_new": ("LlamaForCausalLM", {"rope_theta": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e3}}, 40),
-    "llama_llama3": ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, 40),
-    "llama_dynamic_within": ("LlamaForCausalLM", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 40}, 40),
-    "llama_yarn_old": ("LlamaForCausalLM", {"rope_scaling": {"type": "yarn", "finetuned": True, **YARN}, "max_position_embeddings": 128}, 100),
-    "llama_yarn_new": ("LlamaForCausalLM", {"rope_theta": None, "rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, **YARN}}, 100),
-    "llama_yarn_attention_factor": ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "attention_factor": 0.7, **YARN}}, 100),
-    "llama_yarn_mscale": ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "mscale": 1.3, "mscale_all_dim": 0.6, **YARN}}, 100),
-    "llama_yarn_betas": ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "beta_fast": 8, "beta_slow": 0.5, **YARN}}, 100),
-    "llama_yarn_no_truncate": ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "truncate": False, **YARN}}, 100),
-    "llama_yarn_context_ratio": ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128}}, 100),
-    "llama_yarn_biases": ("LlamaForCausalLM", {"attention_bias": True, "rope_scaling": {"rope_type": "yarn", **YARN}}, 100),
-    "llama_longrope_short": ("LlamaForCausalLM", {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 64}}, 64),
-    "llama_longrope_long": ("LlamaForCausalLM", {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 64}}, 65),
-    "llama_longrope_factor": ("LlamaForCausalLM", {"rope_scaling": {**LONGROPE, "factor": 3.0, "original_max_position_embeddings": 64}}, 100),
-    "mistral_no_window": ("MistralForCausalLM", {"sliding_window": None}, 40),
-    "mistral_window": ("MistralForCausalLM", {"sliding_window": 7}, 40),
-    "mistral_window_yarn": ("MistralForCausalLM", {"sliding_window": 33, "rope_scaling": {"rope_type": "yarn", **YARN}}, 100),
-    "mistral_wide_head": ("MistralForCausalLM", {"sliding_window": None, "head_dim": 20}, 40),
-    "mistral_window_one": ("MistralForCausalLM", {"sliding_window": 1}, 40),
-    "qwen2": ("Qwen2ForCausalLM", {"head_dim": None}, 40),
-    "qwen2_yarn": ("Qwen2ForCausalLM", {"head_dim": None, "rope_theta": 1e6, "rope_scaling": {"type": "yarn", **YARN}}, 100),
-    "qwen2_window_from_layer": ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "head_dim": None}, 40),
-    "qwen2_window_all": ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "head_dim": None}, 40),
-    "qwen2_layer_types": ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 8, "layer_types": KINDS, "head_dim": None}, 40),
-    "qwen2_window_off": ("Qwen2ForCausalLM", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1, "head_dim": None}, 40),
-    "qwen3": ("Qwen3ForCausalLM", {}, 40),
-    "qwen3_biases": ("Qwen3ForCausalLM", {"attention_bias": True}, 40),
-    "qwen3_yarn": ("Qwen3ForCausalLM", {"rope_scaling": {"rope_type": "yarn", **YARN}}, 100),
-    "qwen3_layer_types": ("Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": 8, "layer_types": KINDS}, 40),
-    "phi3": ("Phi3ForCausalLM", PHI3, 40),
-    "phi3_window": ("Phi3ForCausalLM", {**PHI3, "sliding_window": 11}, 40),
-    "phi3_longrope_short": ("Phi3ForCausalLM", {**PHI3, "rope_scaling": LONGROPE, "sliding_window": 2_048}, 64),
-    "phi3_longrope_long": ("Phi3ForCausalLM", {**PHI3, "rope_scaling": LONGROPE}, 100),
-    "phi3_longrope_window": ("Phi3ForCausalLM", {**PHI3, "rope_scaling": LONGROPE, "sliding_window": 11}, 100),
-    "phi3_part": ("Phi3ForCausalLM", {**PHI3, **PART}, 40),
-    "phi3_part_longrope": ("Phi3ForCausalLM", {**PHI3, **PART, "tie_word_embeddings": True, "rope_scaling": {**LONGROPE, "short_factor": SHORT[:6], "long_factor": LONG[:6]}}, 100),
-    "gemma3": ("Gemma3ForCausalLM", GEMMA3, 40),
-    "gemma3_linear": ("Gemma3ForCausalLM", {**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 40),
+    "llama": ("Llama", {}, 40),
+    "llama_tied": ("Llama", {"tie_word_embeddings": True}, 40),
+    "llama_biases": ("Llama", {"attention_bias": True}, 40),
+    "llama_derived_head_dim": ("Llama", {"head_dim": None}, 40),
+    "llama_linear": ("Llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, 40),
+    "llama_linear_new": ("Llama", {**NEW_LINEAR}, 40),
+    "llama_llama3": ("Llama", {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, 40),
+    "llama_dynamic_within": ("Llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 40}, 40),
+    "llama_yarn_old": ("Llama", {"rope_scaling": {"type": "yarn", "finetuned": True, **YARN}, "max_position_embeddings": 128}, 100),
+    "llama_yarn_new": ("Llama", {"rope_theta": None, "rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, **YARN}}, 100),
+    "llama_yarn_attention_factor": ("Llama", {"rope_scaling": {"rope_type": "yarn", "attention_factor": 0.7, **YARN}}, 100),
+    "llama_yarn_mscale": ("Llama", {"rope_scaling": {"rope_type": "yarn", "mscale": 1.3, "mscale_all_dim": 0.6, **YARN}}, 100),
+    "llama_yarn_betas": ("Llama", {"rope_scaling": {"rope_type": "yarn", "beta_fast": 8, "beta_slow": 0.5, **YARN}}, 100),
+    "llama_yarn_no_truncate": ("Llama", {"rope_scaling": {"rope_type": "yarn", "truncate": False, **YARN}}, 100),
+    "llama_yarn_context_ratio": ("Llama", {"rope_scaling": {"rope_type": "yarn", **YARN_RATIO}}, 100),
+    "llama_yarn_biases": ("Llama", {"attention_bias": True, "rope_scaling": {"rope_type": "yarn", **YARN}}, 100),
+    "llama_longrope_short": ("Llama", {"rope_scaling": {**LONGROPE, **TRAINED_64}}, 64),
+    "llama_longrope_long": ("Llama", {"rope_scaling": {**LONGROPE, **TRAINED_64}}, 65),
+    "llama_longrope_factor": ("Llama", {"rope_scaling": {**LONGROPE, "factor": 3.0, **TRAINED_64}}, 100),
+    "mistral_no_window": ("Mistral", {"sliding_window": None}, 40),
+    "mistral_window": ("Mistral", {"sliding_window": 7}, 40),
+    "mistral_window_yarn": ("Mistral", {"sliding_window": 33, "rope_scaling": {"rope_type": "yarn", **YARN}}, 100),
+    "mistral_wide_head": ("Mistral", {"sliding_window": None, "head_dim": 20}, 40),
+    "mistral_window_one": ("Mistral", {"sliding_window": 1}, 40),
+    "qwen2": ("Qwen2", {"head_dim": None}, 40),
+    "qwen2_yarn": ("Qwen2", {"head_dim": None, "rope_theta": 1e6, "rope_scaling": {"type": "yarn", **YARN}}, 100),
+    "qwen2_window_from_layer": ("Qwen2", {**WINDOW_8, "max_window_layers": 1, "head_dim": None}, 40),
+    "qwen2_window_all": ("Qwen2", {**WINDOW_8, "max_window_layers": 0, "head_dim": None}, 40),
+    "qwen2_layer_types": ("Qwen2", {**WINDOW_8, "layer_types": KINDS, "head_dim": None}, 40),
+    "qwen2_window_off": ("Qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1, "head_dim": None}, 40),
+    "qwen3": ("Qwen3", {}, 40),
+    "qwen3_biases": ("Qwen3", {"attention_bias": True}, 40),
+    "qwen3_yarn": ("Qwen3", {"rope_scaling": {"rope_type": "yarn", **YARN}}, 100),
+    "qwen3_layer_types": ("Qwen3", {**WINDOW_8, "layer_types": KINDS}, 40),
+    "phi3": ("Phi3", PHI3, 40),
+    "phi3_window": ("Phi3", {**PHI3, "sliding_window": 11}, 40),
+    "phi3_longrope_short": ("Phi3", {**PHI3, "rope_scaling": LONGROPE, "sliding_window": 2_048}, 64),
+    "phi3_longrope_long": ("Phi3", {**PHI3, "rope_scaling": LONGROPE}, 100),
+    "phi3_longrope_window": ("Phi3", {**PHI3, "rope_scaling": LONGROPE, "sliding_window": 11}, 100),
+    "phi3_part": ("Phi3", {**PHI3, **PART}, 40),
+    "phi3_part_longrope": ("Phi3", {**PHI3, **PART, "tie_word_embeddings": True, "rope_scaling": PART_LONGROPE}, 100),
+    "gemma3": ("Gemma3", GEMMA3, 40),
+    "gemma3_linear": ("Gemma3", {**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 40),
 }  # fmt: skip
 
 
@@ -98,8 +104,8 @@ def config_json(name: str) -> dict:
     kind, changes, _ = CASES[name]
     # None removes a key, except where null is what files hold
     return {
-        "architectures": [kind],
-        "model_type": kind.removesuffix("ForCausalLM").lower() + ("_text" if kind.startswith("Gemma3") else ""),
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower() + ("_text" if kind == "Gemma3" else ""),
         **{k: v for k, v in {**BASE, **changes}.items() if v is not None or k == "sliding_window"},
     }
 
@@ -112,9 +118,9 @@ def ids(name: str) -> np.ndarray:
 def weights(name: str) -> dict[str, np.ndarray]:
     """float32 weights of a case under the names of transformers, (out, in); tied ones without a head."""
     c = config_json(name)
-    hidden, layers, kind = c["hidden_size"], c["num_hidden_layers"], c["architectures"][0]
+    hidden, layers, kind = c["hidden_size"], c["num_hidden_layers"], CASES[name][0]
     head = c.get("head_dim") or hidden // H
-    q, kv, phi3, gemma3 = H * head, K * head, kind == "Phi3ForCausalLM", kind == "Gemma3ForCausalLM"
+    q, kv, phi3, gemma3 = H * head, K * head, kind == "Phi3", kind == "Gemma3"
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, hidden), "model.norm.weight": (hidden,)}
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (V, hidden)
@@ -130,11 +136,11 @@ def weights(name: str) -> dict[str, np.ndarray]:
     else:
         layer |= {f"self_attn.{x}_proj.weight": (n, hidden) for x, n in (("q", q), ("k", kv), ("v", kv))}
         layer |= {"mlp.gate_proj.weight": (F, hidden), "mlp.up_proj.weight": (F, hidden)}
-    if biased or kind == "Qwen2ForCausalLM":
+    if biased or kind == "Qwen2":
         layer |= {f"self_attn.{x}_proj.bias": (n,) for x, n in (("q", q), ("k", kv), ("v", kv))}
     if biased:
         layer["self_attn.o_proj.bias"] = (hidden,)
-    if kind in ("Qwen3ForCausalLM", "Gemma3ForCausalLM"):
+    if kind in ("Qwen3", "Gemma3"):
         layer |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
     if gemma3:
         layer |= {"pre_feedforward_layernorm.weight": (hidden,), "post_feedforward_layernorm.weight": (hidden,)}

@@ -16,7 +16,7 @@ class Family:
       hf: `architectures` of config.json.
       gguf: `general.architecture` of a GGUF file.
       refused: why lcx does not compute it, None where it does.
-      tested: how that was tested.
+      tested: how that was tested; a refusal by its message.
     """
 
     checkpoints: str
@@ -26,16 +26,17 @@ class Family:
     tested: str = "refusal"
 
 
-PEERS = "logits of transformers within 1e-4 on small random checkpoints"
+PEERS = "*peers*"  # README says what that is
 FAMILIES = (
-    Family("SmolLM, SmolLM2", "LlamaForCausalLM", "llama", tested=f"{PEERS}; SmolLM2-135M: llama.cpp, transformers"),
+    Family("SmolLM, SmolLM2", "LlamaForCausalLM", "llama", tested=f"{PEERS}; SmolLM2-135M: llama.cpp, transformers on its own weights"),
     Family("Llama 1, 2, 3, 3.1, 3.2, 3.3 (text)", "LlamaForCausalLM", "llama", tested=f"{PEERS}, with each RoPE scaling and biases"),
-    Family("Yi, TinyLlama, Vicuna, CodeLlama, YaRN-Llama-2, DeepSeek-LLM, DeepSeek-R1-Distill-Llama", "LlamaForCausalLM", "llama", tested="as Llama"),
+    Family("Yi, TinyLlama, Vicuna, CodeLlama, Yarn-Llama-2", "LlamaForCausalLM", "llama", tested="as Llama"),
+    Family("DeepSeek-LLM, DeepSeek-R1-Distill-Llama", "LlamaForCausalLM", "llama", tested="as Llama"),
     Family("Mistral 7B, Mistral-Nemo, Mistral-Small 22B/24B (text)", "MistralForCausalLM", "llama", tested=f"{PEERS}, with a window"),
     Family("Qwen2, Qwen2.5, QwQ, DeepSeek-R1-Distill-Qwen", "Qwen2ForCausalLM", "qwen2", tested=f"{PEERS}, with YaRN and windows"),
     Family("Qwen3 (dense)", "Qwen3ForCausalLM", "qwen3", tested=f"{PEERS}, with YaRN, windows and biases"),
-    Family("Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini", "Phi3ForCausalLM", "phi3", tested=f"{PEERS}, with longrope, a window, a part of the head rotated"),
-    Family("Gemma 3 270M, 1B (text)", "Gemma3ForCausalLM", "gemma3", tested=f"{PEERS}; 270M: llama.cpp"),
+    Family("Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini", "Phi3ForCausalLM", "phi3", tested=f"{PEERS}, with longrope, windows and a part of the head rotated"),
+    Family("Gemma 3 270M, 1B (text)", "Gemma3ForCausalLM", "gemma3", tested=f"{PEERS}; 270M: llama.cpp on its own weights"),
     Family("Gemma 3 4B, 12B, 27B", "Gemma3ForConditionalGeneration", "gemma3", "images beside text"),
     Family("Gemma 2", "Gemma2ForCausalLM", "gemma2", "soft-capped logits"),
     Family("Gemma", "GemmaForCausalLM", "gemma", "not checked against transformers"),
@@ -94,9 +95,11 @@ def check_architecture(key: str, name: str, path: str) -> None:
 
 
 def table() -> str:
-    """README's table of model families, in Markdown."""
+    """README's table of model families, in Markdown; families that are refused for one reason share a row."""
     rows = ["| checkpoints | architecture | loads | tested |", "| --- | --- | --- | --- |"]
-    for f in FAMILIES:
-        loads = "yes" if f.refused is None else f"no: {f.refused}"
-        rows.append(f"| {f.checkpoints} | `{f.hf}` | {loads} | {f.tested} |")
+    rows += [f"| {f.checkpoints} | `{f.hf}` | yes | {f.tested} |" for f in FAMILIES if f.refused is None]
+    for reason in dict.fromkeys(f.refused for f in FAMILIES if f.refused is not None):
+        same = [f for f in FAMILIES if f.refused == reason]
+        names, classes = ", ".join(f.checkpoints for f in same), ", ".join(f"`{f.hf}`" for f in same)
+        rows.append(f"| {names} | {classes} | no: {reason} | refusal |")
     return "\n".join(rows)
