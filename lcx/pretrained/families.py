@@ -35,7 +35,7 @@ FAMILIES = (
     Family("Mistral 7B, Mistral-Nemo, Mistral-Small 22B/24B (text)", "MistralForCausalLM", "llama", tested=f"{PEERS}, with a window"),
     Family("Qwen2, Qwen2.5, QwQ, DeepSeek-R1-Distill-Qwen", "Qwen2ForCausalLM", "qwen2", tested=f"{PEERS}, with YaRN and windows"),
     Family("Qwen3 (dense)", "Qwen3ForCausalLM", "qwen3", tested=f"{PEERS}, with YaRN, windows and biases"),
-    Family("Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini", "Phi3ForCausalLM", "phi3", tested=f"{PEERS}, with longrope, windows and a part of the head rotated"),
+    Family("Phi-3 mini, medium, Phi-3.5-mini, Phi-4, Phi-4-mini", "Phi3ForCausalLM", "phi3", tested=f"{PEERS}, with longrope and a window"),
     Family("Gemma 3 270M, 1B (text)", "Gemma3ForCausalLM", "gemma3", tested=f"{PEERS}; 270M: llama.cpp on its own weights"),
     Family("Gemma 3 4B, 12B, 27B", "Gemma3ForConditionalGeneration", "gemma3", "images beside text"),
     Family("Gemma 2", "Gemma2ForCausalLM", "gemma2", "soft-capped logits"),
