@@ -76,6 +76,8 @@ class Tokenizer:
         # ids may have gaps; a vocabulary of a stranger may have an id beyond any embedding
         if known.size == 0 or known.max() >= MAX_IDS:
             raise CheckpointFormatError(f"{path}: has no token, or an id of {MAX_IDS:,} or more")
+        if len(np.unique(known)) < known.size:
+            raise CheckpointFormatError(f"{path}: two tokens have one id; its added tokens do not follow its vocabulary")
         self.has_text = np.zeros(int(known.max()) + 1, bool)
         self.has_text[known] = True
         self.has_text[list(padding)] = False
@@ -285,7 +287,9 @@ def _named(backend: Backend, settings: Mapping[str, object], name: str, path: Pa
     token = token.get("content") if isinstance(token, dict) else token
     if token is None:
         return None
-    index = backend.token_to_id(token) if isinstance(token, str) else None
+    # JSON may hold half of a surrogate pair, which is in no vocabulary
+    sound = isinstance(token, str) and not any("\ud800" <= char <= "\udfff" for char in token)
+    index = backend.token_to_id(token) if sound else None
     if index is None:
         raise CheckpointFormatError(f"{path}: {name}={str(token)[:80]!r} is not in its vocabulary")
     return index
