@@ -206,8 +206,9 @@ def _hf_window(f: Fields, arch: str, num_layers: int, context: int) -> dict[str,
         if not used:
             raise f.fail("layer_types", "full_attention on every layer where use_sliding_window is not true")
         window = f.integer("sliding_window", DEFAULT_WINDOW[arch])
-        local = {} if all(kinds) else {"local_layers": kinds}
-        return {"window": window} | local if window < context else {}
+        if window >= context:
+            return {}
+        return {"window": window, "local_layers": None if all(kinds) else kinds}
     if any(_layer_types(f, num_layers) or ()):
         raise f.fail("layer_types", "full_attention on every layer")
     if given is None:

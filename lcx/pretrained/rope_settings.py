@@ -114,10 +114,12 @@ def hf_rope(f: Fields, scaling: Fields, key: str, head_dim: int, context: int, d
     name = "original_max_position_embeddings"
     trained = f.integer(name) if f.has(name) else scaling.integer(f"{key}.{name}", context)
     if kind == "llama3":
-        values = [scaling.number(f"{key}.{name}") for name in ("factor", "low_freq_factor", "high_freq_factor")]
-        if not values[1] < values[2]:
-            raise scaling.fail(f"{key}.high_freq_factor", f"a number above low_freq_factor={values[1]}")
-        return RopeSettings(make(divisors=llama3_divisors(base, pairs, *values, trained)))
+        stretch, low, high = (
+            scaling.number(f"{key}.{name}") for name in ("factor", "low_freq_factor", "high_freq_factor")
+        )
+        if not low < high:
+            raise scaling.fail(f"{key}.high_freq_factor", f"a number above low_freq_factor={low}")
+        return RopeSettings(make(divisors=llama3_divisors(base, pairs, stretch, low, high, trained)))
     factor = scaling.number(f"{key}.factor", context / trained)
     if kind == "yarn":
         scale = _yarn_scale(scaling, key, factor)

@@ -77,7 +77,9 @@ class Tokenizer:
         if known.size == 0 or known.max() >= MAX_IDS:
             raise CheckpointFormatError(f"{path}: has no token, or an id of {MAX_IDS:,} or more")
         if len(np.unique(known)) < known.size:
-            raise CheckpointFormatError(f"{path}: two tokens have one id; its added tokens do not follow its vocabulary")
+            raise CheckpointFormatError(
+                f"{path}: two tokens have one id; its added tokens do not follow its vocabulary"
+            )
         self.has_text = np.zeros(int(known.max()) + 1, bool)
         self.has_text[known] = True
         self.has_text[list(padding)] = False
