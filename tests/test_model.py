@@ -13,7 +13,7 @@ import pytest
 from naive_model import NaiveModel, turn
 
 from lcx.axes import KeepAll
-from lcx.model_config import ModelConfig, num_params, param_shapes
+from lcx.model_config import ModelConfig, Rope, num_params, param_shapes
 from lcx.models.decoder import Layers, Model, random_weights
 from lcx.models.rope import inverse_frequencies, rotate
 from lcx.policies.sink_window import SinkWindow
@@ -25,9 +25,8 @@ GEMMA = replace(
     LLAMA,
     name="gemma3",
     head_dim=20,  # H * D is not E
-    rope_base=1e6,
-    rope_base_local=10_000.0,
-    rope_scale=8.0,
+    rope=Rope(1e6, (8.0,)),
+    rope_local=Rope(),
     qk_norm=True,
     post_norms=True,
     activation="gelu_tanh",
@@ -39,7 +38,10 @@ GEMMA = replace(
 )
 CONFIGS = [
     LLAMA,
-    replace(LLAMA, name="llama31", rope_divisors=(1.0, 1.0, 1.5, 2.0, 3.0, 8.0, 8.0, 8.0), rope_base=5e5, tied=False),
+    replace(LLAMA, name="llama31", rope=Rope(5e5, (1.0, 1.0, 1.5, 2.0, 3.0, 8.0, 8.0, 8.0)), tied=False),
+    replace(LLAMA, name="yarn", rope=Rope(divisors=(1.0, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 4.0), scale=1.14)),
+    replace(LLAMA, name="phi3", rope=Rope(divisors=(1.0, 1.1, 1.2, 2.0, 5.0), scale=1.19, dim=10), window=5),
+    replace(LLAMA, name="biases", qkv_bias=True, o_bias=True, window=4, local_layers=(False, True, True)),
     replace(LLAMA, name="qwen2", qkv_bias=True),
     replace(LLAMA, name="qwen3", qk_norm=True, head_dim=20, tied=False),
     GEMMA,
