@@ -88,6 +88,11 @@ class Part:
         """Return the settings that a program takes as numbers, `ctx.data`, so that parts which differ in them share it."""
         return {}
 
+    def at_limit(self, tokens: int) -> Any:
+        """Return the part at its exact limit, where it leaves attention over a text of `tokens` tokens dense."""
+        wide = self.with_budget(tokens)
+        return self if wide is None else wide
+
     def arrays(self, model: ModelConfig) -> dict[str, Array]:
         """Return the arrays that the part reads from `ctx.aux`, by name."""
         return {}
@@ -238,6 +243,10 @@ class Codec(Part):
     def pages(self, payload) -> Any:
         """Return the payload as the decode kernel reads it, `payloads.Pages`, row by row; None where it lies otherwise."""
         return None
+
+    def at_limit(self, tokens):
+        # what is rounded has no setting at which it is not
+        return RawExact() if self.raw else Exact()
 
     def check(self, size: Size) -> None:
         """Raise UserError when the head size or the number of KV heads does not suit."""

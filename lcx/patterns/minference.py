@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ class MInference(Pattern):
     def __post_init__(self):
         if self.vertical < 1 or self.slash < 1:
             raise UserError(f"MInference: vertical={self.vertical} and slash={self.slash} must be at least 1")
+
+    def at_limit(self, tokens):
+        return replace(self, vertical=tokens)
 
     def arrays(self, model):
         size = Array(dtype=jnp.int32, per="query head", optional=True)

@@ -90,6 +90,10 @@ class Quest(Pattern):
         newest = pos.reshape(*pos.shape[:2], pages, self.page).max(-1)
         return ctx.pos[:, None, None, :, None] - newest[:, :, None, None] < ctx.window
 
+    def at_limit(self, tokens):
+        # a budget is rounded down to whole pages
+        return replace(self, budget=tokens + self.page)
+
     def with_budget(self, budget):
         return replace(self, budget=budget)
 

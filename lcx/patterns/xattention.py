@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
@@ -47,6 +47,15 @@ class XAttention(Pattern):
     def step_multiple(self):
         return self.block
 
+    def program(self):
+        return replace(self, tau=1.0)
+
+    def data(self):
+        return {"tau": self.tau}
+
+    def at_limit(self, tokens):
+        return replace(self, tau=1.0)
+
     def at(self, phase, layer, model):
         return self if phase == "prefill" else CAUSAL
 
@@ -62,6 +71,7 @@ class XAttention(Pattern):
     def _chosen(self, mass, ctx, past):
         """bool [B,R,G,Q,N]: block 0, the own block, and the largest others until a row has `tau` of its mass."""
         Q, N = mass.shape[-2:]
+        tau = ctx.data.get("tau", self.tau)
         num_held = N - Q  # the step's own blocks follow those that are held
         # block 0 of the text is held, but for the first chunk, of which it is the first own block
         begins = (past.pos[:, :, 0] == EMPTY)[:, :, None, None, None] if num_held else jnp.ones((1,) * 5, bool)
@@ -71,9 +81,7 @@ class XAttention(Pattern):
         ranked = jnp.take_along_axis(mass, order, -1)
         # what is left out if a block and all after it are: summed from the smallest on, it ends at exactly 0
         left = jnp.cumsum(ranked[..., ::-1], -1)[..., ::-1]
-        take = (left > (1 - self.tau) * left[..., :1]) | jnp.take_along_axis(
-            jnp.broadcast_to(forced, mass.shape), order, -1
-        )
+        take = (left > (1 - tau) * left[..., :1]) | jnp.take_along_axis(jnp.broadcast_to(forced, mass.shape), order, -1)
         back = jnp.argsort(order, -1)
-        seen = number <= num_held + row
-        return jnp.take_along_axis(take, back, -1) & (seen if self.tau < 1 else True) | (self.tau == 1)
+        # a block whose mass has vanished in float32 is still part of dense attention
+        return jnp.take_along_axis(take, back, -1) | (jnp.asarray(tau) >= 1)

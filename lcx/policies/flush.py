@@ -27,6 +27,7 @@ class Flush(Policy):
     keep: int = 0
 
     exact = "Always: it moves tokens and loses none."
+    small = {"page": 8, "keep": 8}
     shared = True
 
     def __post_init__(self):
