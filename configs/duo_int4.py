@@ -12,4 +12,6 @@ PAPER = {"memory saving, GQA, at most": 1.67, "decode speed-up, GQA, at most": 1
 
 def get_config():
     recipe = Recipe(duo(sink=64, window=256, codec=Int(bits=4)))
-    return Experiment(recipe=recipe, aux=HeadSplit(streaming=0.5), schedule=Chunked(512), paper=PAPER)
+    return Experiment(
+        recipe=recipe, aux=HeadSplit(streaming=0.5), schedule=Chunked(512), paper=PAPER, verified=("oracle",)
+    )

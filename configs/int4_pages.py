@@ -6,4 +6,4 @@ from lcx.recipe import Recipe
 
 
 def get_config():
-    return Experiment(recipe=Recipe((chain("int4", by="channel", residual=64),)))
+    return Experiment(recipe=Recipe((chain("int4", by="channel", residual=64),)), verified=("oracle",))

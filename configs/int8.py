@@ -6,4 +6,4 @@ from lcx.recipe import Recipe, Segment
 
 
 def get_config():
-    return Experiment(recipe=Recipe((Segment(codec=Int(bits=8)),)))
+    return Experiment(recipe=Recipe((Segment(codec=Int(bits=8)),)), verified=("oracle",))

@@ -9,4 +9,6 @@ PAPER = {"RULER 4K, half removed, Qwen3-8B": 78.6, "RULER 4K, half removed, Llam
 
 
 def get_config():
-    return Experiment(recipe=Recipe((Segment(policy=KeyDiff(budget=1_024)),)), paper=PAPER)
+    return Experiment(
+        recipe=Recipe((Segment(policy=KeyDiff(budget=1_024)),)), paper=PAPER, verified=("oracle", "kvpress")
+    )

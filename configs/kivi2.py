@@ -8,4 +8,4 @@ PAPER = {"peak memory saving, Llama-2-7B, weights included": 2.6, "batch size, a
 
 
 def get_config():
-    return Experiment(recipe=Recipe((chain(bits=2, group_size=32, residual=128),)), paper=PAPER)
+    return Experiment(recipe=Recipe((chain(bits=2, group_size=32, residual=128),)), paper=PAPER, verified=("oracle",))

@@ -6,4 +6,4 @@ from lcx.recipe import Recipe
 
 
 def get_config():
-    return Experiment(recipe=Recipe((chain(bits=4, group_size=32, residual=128),)))
+    return Experiment(recipe=Recipe((chain(bits=4, group_size=32, residual=128),)), verified=("oracle",))

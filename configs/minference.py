@@ -6,4 +6,4 @@ from lcx.recipe import Recipe
 
 
 def get_config():
-    return Experiment(recipe=Recipe(pattern=MInference(vertical=1_000, slash=6_096)))
+    return Experiment(recipe=Recipe(pattern=MInference(vertical=1_000, slash=6_096)), verified=("oracle",))

@@ -11,4 +11,5 @@ PAPER = {"LongBench, budget 128": 34.69, "LongBench, budget 1,024": 41.01}
 def get_config():
     method = PyramidKV(budget=2_048, window=32, kernel=5, pooling="avg", beta=20)
     # layers whose budgets differ by less share a program, at the price of at most 31 empty slots a layer
-    return Experiment(recipe=Recipe((Segment(compress=method),), rounding=32), paper=PAPER)
+    recipe = Recipe((Segment(compress=method),), rounding=32)
+    return Experiment(recipe=recipe, paper=PAPER, verified=("oracle", "kvpress (`rule='kvpress'`)"))

@@ -6,4 +6,4 @@ from lcx.recipe import Recipe
 
 
 def get_config():
-    return Experiment(recipe=Recipe(pattern=Quest(budget=1_024, page=16, dense_layers=2)))
+    return Experiment(recipe=Recipe(pattern=Quest(budget=1_024, page=16, dense_layers=2)), verified=("oracle",))

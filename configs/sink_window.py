@@ -6,4 +6,6 @@ from lcx.recipe import Recipe, Segment
 
 
 def get_config():
-    return Experiment(recipe=Recipe((Segment(policy=SinkWindow(sink=4, window=1_020)),)))
+    return Experiment(
+        recipe=Recipe((Segment(policy=SinkWindow(sink=4, window=1_020)),)), verified=("oracle", "kvpress")
+    )

@@ -6,4 +6,5 @@ from lcx.recipe import Recipe, Segment
 
 
 def get_config():
-    return Experiment(recipe=Recipe((Segment(compress=SnapKV(budget=1_024, window=64, kernel=5, pooling="avg")),)))
+    method = SnapKV(budget=1_024, window=64, kernel=5, pooling="avg")
+    return Experiment(recipe=Recipe((Segment(compress=method),)), verified=("oracle", "kvpress"))

@@ -7,4 +7,7 @@ from lcx.recipe import Recipe, Segment
 
 
 def get_config():
-    return Experiment(recipe=Recipe((Segment(policy=SinkWindow(sink=4, window=1_020)),), pattern=CachePositions()))
+    return Experiment(
+        recipe=Recipe((Segment(policy=SinkWindow(sink=4, window=1_020)),), pattern=CachePositions()),
+        verified=("oracle",),
+    )

@@ -6,4 +6,6 @@ from lcx.recipe import Recipe, Segment
 
 
 def get_config():
-    return Experiment(recipe=Recipe((Segment(policy=TOVA(budget=1_024)),)))
+    return Experiment(
+        recipe=Recipe((Segment(policy=TOVA(budget=1_024)),)), verified=("oracle", "kvpress (`keep_last=True`)")
+    )

@@ -6,4 +6,4 @@ from lcx.recipe import Recipe, Segment
 
 
 def get_config():
-    return Experiment(recipe=Recipe((Segment(policy=SinkWindow(sink=0, window=1_024)),)))
+    return Experiment(recipe=Recipe((Segment(policy=SinkWindow(sink=0, window=1_024)),)), verified=("oracle",))

@@ -14,4 +14,6 @@ PAPER = {
 
 
 def get_config():
-    return Experiment(recipe=Recipe(pattern=XAttention(tau=0.9, stride=8)), schedule=Chunked(4_096), paper=PAPER)
+    return Experiment(
+        recipe=Recipe(pattern=XAttention(tau=0.9, stride=8)), schedule=Chunked(4_096), paper=PAPER, verified=("oracle",)
+    )

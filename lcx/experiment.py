@@ -28,6 +28,7 @@ class Experiment:
       lengths: default context lengths in tokens.
       paper: the paper's figures, name -> number, for reports.
       implementation: of attention: None, "xla", "pallas" or "cudnn", see `lcx.backends.choose`.
+      verified: how the method was checked beside its exact limit: "oracle" (an independent float64 implementation), "kvpress", or words.
       about: first paragraph of the config's docstring; the loader fills it in.
     """
 
@@ -38,6 +39,7 @@ class Experiment:
     lengths: tuple[int, ...] = (512, 1_024, 2_048)
     paper: Mapping[str, float] = field(default=NO_PAPER, hash=False)
     implementation: str | None = None
+    verified: tuple[str, ...] = field(default=(), compare=False)
     about: str = field(default="", compare=False)
 
     def load_aux(self, model: ModelConfig) -> Aux | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lcx import methods
 from lcx.errors import UserError
 from lcx.plan.targets import compile_device, gpu_target
 from lcx.pretrained import is_installed
@@ -79,10 +80,20 @@ def test_the_example_of_a_new_method_runs(tmp_path):
     assert found["mine"][1] < found["dense"][1] and found["mine"][0] > found["dense"][0]
 
 
-def test_the_table_has_every_config():
-    named = set(re.findall(r"^\| \[`(\w+)`\]\(configs/\w+\.py\)", README, re.MULTILINE))
-    there = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "smollm2_quick"}
-    assert named == there
+def test_the_table_of_methods_is_the_generated_one():
+    assert methods.table() in README, "put the output of `python -m lcx.methods` into the README"
+
+
+@pytest.mark.parametrize("name", methods.experiments())
+def test_every_method_has_a_card(name, capsys):
+    assert methods.main([f"--name={name}"]) == 0
+    assert "equals dense attention" in capsys.readouterr().out
+
+
+def test_an_unknown_method_is_named_with_the_nearest(capsys):
+    assert methods.main(["--name=snapk"]) == 2
+    told = capsys.readouterr().err
+    assert "did you mean 'snapkv'?" in told and told.count("\n") == 1
 
 
 def test_every_file_that_is_linked_exists():

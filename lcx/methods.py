@@ -1,0 +1,98 @@
+"""The methods that lcx has: a table of every config, made from the configs themselves, and the card of one.
+
+python -m lcx.methods               the table, as the README has it
+python -m lcx.methods --name=snapkv  one method: its axes, settings, exact limits, arrays and the paper's figures
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+
+from lcx.config_files import all_configs, load_config
+from lcx.errors import UserError, nearest
+from lcx.experiment import Experiment
+from lcx.model_config import ModelConfig
+
+AXES = {"compress": "policy (end of prompt)"}
+# sizes that declared arrays are shown for
+SHAPE = ModelConfig("smollm2-135m", 30, 576, 9, 3, 64, 1_536, 49_152, 8_192)
+
+
+def experiments() -> dict[str, Experiment]:
+    """Every config of one method, by name."""
+    loaded = {path.stem: load_config(path) for path in all_configs()}
+    return {name: value for name, value in loaded.items() if isinstance(value, Experiment)}
+
+
+def axes(experiment: Experiment) -> list[str]:
+    """The axes on which a method makes a choice, each once."""
+    found: dict[str, None] = {}
+    for choice in experiment.recipe.describe():
+        axis = choice.axis.split(" of ")[0]
+        found[AXES.get(axis, axis)] = None
+    if any(len(chain) > 1 for chain in experiment.recipe.chains):
+        found["chain"] = None
+    if experiment.schedule != Experiment(experiment.recipe).schedule:
+        found["schedule"] = None
+    # dense attention chooses nothing
+    return [axis for axis in found if experiment.recipe != type(experiment.recipe)()]
+
+
+def table() -> str:
+    """The README's table: config, what it is, axes, what was verified."""
+    lines = ["| config | method | axes | verified |", "| --- | --- | --- | --- |"]
+    for name, experiment in experiments().items():
+        about = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", experiment.about)
+        verified = ", ".join(("limit", *experiment.verified))
+        lines.append(f"| [`{name}`](configs/{name}.py) | {about} | {', '.join(axes(experiment))} | {verified} |")
+    return "\n".join(lines)
+
+
+def card(name: str) -> str:
+    """One method in words.
+
+    Raises:
+      UserError: there is no such config; names the nearest.
+    """
+    known = experiments()
+    if name not in known:
+        raise UserError(f"name={name!r}: no such method; allowed are {', '.join(known)}{nearest(name, known)}")
+    return "\n".join(_card(name, known[name]))
+
+
+def _card(name: str, experiment: Experiment) -> Iterator[str]:
+    yield f"{name}: {experiment.about}"
+    yield f"config: configs/{name}.py"
+    for choice in experiment.recipe.describe():
+        settings = ", ".join(f"{key}={value}" for key, value in choice.settings.items())
+        yield f"{choice.axis}: {choice.name}({settings})" if settings else f"{choice.axis}: {choice.name}"
+        if choice.exact:
+            yield f"  equals dense attention: {choice.exact[0].lower()}{choice.exact[1:]}"
+    yield f"schedule: {experiment.schedule}"
+    for array, declared in experiment.recipe.arrays(SHAPE).items():
+        optional = ", optional" if declared.optional else ""
+        yield f"array: {array}, {declared.full(SHAPE)} for SmolLM2-135M, per {declared.per}{optional}"
+    for figure, value in experiment.paper.items():
+        yield f"paper: {figure}: {value}"
+    yield f"verified: {', '.join(('limit', *experiment.verified))}"
+
+
+def main(words: list[str]) -> int:
+    """Print the table, or the card that --name asks for."""
+    try:
+        if not words:
+            print(table())
+        elif len(words) == 1 and words[0].startswith("--name="):
+            print(card(words[0].removeprefix("--name=")))
+        else:
+            raise UserError(f"arguments {' '.join(words)!r}: allowed is --name=METHOD, or nothing for the table")
+    except UserError as error:
+        print(f"methods: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
