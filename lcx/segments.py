@@ -93,7 +93,7 @@ def check_chain(chain: Chain, pattern: Pattern) -> None:
         if s.codec.page > 1 and (before is None or before.policy.handed(1 << 20) % s.codec.page):
             raise UserError(
                 f"{type(s.codec).__name__} encodes pages of {s.codec.page} tokens; put a segment before it in its chain "
-                "that hands down whole pages (policies.flush.Flush)"
+                "that hands down whole pages"
             )
         stances = list(_stances(chain, pattern, s))
         for one in stances:
