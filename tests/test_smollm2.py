@@ -11,11 +11,12 @@ import pytest
 import lcx
 from lcx import texts
 from lcx.config_files import load_config
+from lcx.generate import generate
 from lcx.measure.quality import continue_session, make_session, score_continuation, score_text, token_nll
 from lcx.ops.attention import EMPTY
 from lcx.pretrained import is_installed
 from lcx.recipe import Recipe
-from lcx.session import Session, generate
+from lcx.session import Session
 
 PEERS = np.load(Path(__file__).parent / "data" / "peers_smollm2.npz", allow_pickle=False)
 LAYERS = np.load(Path(__file__).parent / "data" / "peers_smollm2_layers.npz", allow_pickle=False)
@@ -103,7 +104,7 @@ def test_continuation_nll_equals_kvpress(model, press, ratio):
     session.prefill(ids[:PROMPT])
     for layer in (0, 15, 29):
         kept = PEERS[f"main/{press}/{ratio}/kept/{layer}"]
-        (slots,) = (s for name, s in session.cache[layer].items() if name != "probe")
+        (slots,) = session.cache[layer].segments.values()
         pos = np.asarray(slots.pos[0])
         ours = [set(pos[min(r, len(pos) - 1)]) - {EMPTY} for r in range(3)]
         for mine, theirs in zip(ours, kept, strict=True):
@@ -159,7 +160,7 @@ def test_every_layer_keeps_what_kvpress_keeps(model, press, ratio):
     session.prefill(ids[:PROMPT])
     budget = LAYERS[f"main/{press}/{ratio}/budget"]
     for layer, theirs in enumerate(kept_bits(press, ratio)):
-        (slots,) = (s for name, s in session.cache[layer].items() if name != "probe")
+        (slots,) = session.cache[layer].segments.values()
         pos = np.asarray(slots.pos[0])
         for head in range(3):
             mine = np.setdiff1d(pos[min(head, len(pos) - 1)], [EMPTY])
