@@ -173,14 +173,7 @@ def load(found):
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 text file.
+    """A UTF-8 text file, as `lcx.texts.read_file` gives it."""
+    from lcx import texts
 
-    Raises:
-      UserError: it cannot be read.
-    """
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"text_file={path!r} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"text_file={path!r} is not UTF-8 at byte {error.start:,}") from None
+    return texts.read_file(path)

@@ -33,13 +33,12 @@ def main() -> None:
     from lcx.generate import generate
     from lcx.measure.memory import peak_rss_bytes
     from lcx.measure.quality import make_session
-    from lcx.models.loading import starts_with_bos
 
     tokenizer = model.tokenizer
     if FLAGS.chat:
         ids = tokenizer.chat([{"role": "user", "content": text}])
     else:
-        ids = starts_with_bos(tokenizer, tokenizer.encode(text))
+        ids = tokenizer.text_ids(text)
     if FLAGS.prompt_tokens is not None:
         if len(ids) < FLAGS.prompt_tokens:
             raise UserError(f"prompt_tokens={FLAGS.prompt_tokens}: the prompt has {len(ids)} tokens")
@@ -49,11 +48,10 @@ def main() -> None:
     model.check_length(len(ids) + FLAGS.num_tokens - 1, FLAGS.allow_extrapolation)
     session = make_session(model.layers, cli.with_budget(found, len(ids)), len(ids), FLAGS.num_tokens - 1)
     compiled = session.compile(len(ids), [1] if FLAGS.num_tokens > 1 else [])
-    stop = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     stream = tokenizer.stream(skip_special=True)
     start = time.perf_counter()
     first = count = 0
-    for token in generate(session, ids, FLAGS.num_tokens, stop=stop):
+    for token in generate(session, ids, FLAGS.num_tokens, stop=model.stop_ids, choose=model.choose):
         count += 1
         first = first or time.perf_counter() - start
         print(stream.feed(token), end="", flush=True)

@@ -19,7 +19,9 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     cli.define_flags()
-    flags.DEFINE_string("text_file", None, "UTF-8 text; nothing is added in front of it.")
+    flags.DEFINE_string(
+        "text_file", None, "UTF-8 text; the model's bos token is put in front of it where its tokenizer does so."
+    )
     flags.DEFINE_integer(
         "num_tokens", None, "Tokens that are read in one pass; the default is the whole text.", lower_bound=2
     )
@@ -49,7 +51,7 @@ def main() -> None:
 
     from lcx.measure.quality import score_continuation, score_text
 
-    ids = model.tokenizer.encode(text)
+    ids = model.tokenizer.text_ids(text)
     wanted = (FLAGS.num_tokens or len(ids)) if prompt is None else prompt + count + 1
     if len(ids) < wanted:
         raise UserError(f"text_file={FLAGS.text_file!r} has {len(ids)} tokens, {wanted} are needed")

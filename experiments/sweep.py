@@ -251,7 +251,7 @@ def _on_cpu(env) -> bool:
 
 def _check_text(settings, sweep, text: str, tokenizer) -> None:
     most = max(sweep.lengths) + settings.decode_steps + settings.warmups + 2
-    have = len(tokenizer.encode(text))
+    have = len(tokenizer.text_ids(text))
     if have < most:
         raise UserError(f"lengths: text {settings.text!r} has {have} tokens, {most} are needed")
 

@@ -34,6 +34,7 @@ FACTS = {
     "all attention": "the attention over every key from the first token on",
     "all heads": "every KV head of the layer in its segment",
     "one segment": "a chain of one segment",
+    "rotated keys": "keys that are stored after RoPE",
     "one set": "one set of positions for all KV heads of the segment",
 }
 
@@ -104,6 +105,7 @@ class Pattern(Part):
 
     visits: ClassVar[tuple[str, ...]] = ()  # "held", "own": the keys for which `visit` lists pages
     one_shot: ClassVar[bool] = False  # prefill needs the whole prompt in one step
+    step_multiple: int = 1  # prefill steps begin at multiples of so many tokens
     turns: ClassVar[bool] = False  # rotates by `rope_pos`, so that segments hold keys before RoPE
 
     def mask(self, ctx) -> Mask | None:

@@ -129,3 +129,10 @@ def schedule(recipe, value, prompt: int) -> None:
         raise UserError(
             f"{type(recipe.pattern).__name__} needs the whole prompt at once; schedule {value} cuts {prompt} tokens"
         )
+    multiple = recipe.pattern.step_multiple
+    for start, _ in value.steps(prompt):
+        if start % multiple:
+            raise UserError(
+                f"{type(recipe.pattern).__name__} reads blocks of {multiple} tokens; schedule {value} cuts the prompt at {start}, "
+                f"use chunks of a multiple of {multiple}"
+            )

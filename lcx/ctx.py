@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lcx.backends import choose
 from lcx.ops import attention as ops
+from lcx.ops.antidiagonal import antidiagonal_mass
 from lcx.ops.attention import EMPTY, Partial, Source, tokens_source
 from lcx.ops.masks import Mask
 
@@ -112,6 +113,11 @@ class Ctx:
     def score_minmax(self, low: jax.Array, high: jax.Array) -> jax.Array:
         """Upper bound of q.k over pages, `ops.block_scores.score_minmax`."""
         return choose.score_minmax(self.q, low, high, implementation=self.implementation)
+
+    def antidiagonal_mass(self, sources: Sequence[Source], *, stride: int, block: int) -> list[jax.Array]:
+        """Attention mass between blocks, estimated along antidiagonals, `ops.antidiagonal.antidiagonal_mass`."""
+        asked = {"stride": stride, "block": block, "scale": self.scale}
+        return antidiagonal_mass(self.q, sources, self.pos, **asked)
 
     def score_probe(self, q: jax.Array, k: jax.Array, **asked) -> tuple[jax.Array, jax.Array]:
         """Attention mass of the last queries by key and by distance, `ops.block_scores.score_probe`."""

@@ -67,11 +67,13 @@ def _stances(chain: Chain, pattern: Pattern, s: Segment) -> Iterator[_Stance]:
         s.policy, lacks=", ".join(["" if s.policy.ordered else "ordered", "" if s.policy.shared else "one set"])
     )
     pages = s.codec.page > 1
-    yield stance(s.codec, needs="ordered" if pages else "", lacks="single tokens" if pages else "")
+    raw = "rotated keys" if s.codec.raw else ""
+    yield stance(s.codec, needs="ordered" if pages else "", lacks=", ".join(["single tokens" if pages else "", raw]))
     compress = chain[0].compress
     if compress is not None:
         yield stance(compress, lacks="" if compress.shared else "one set")
-    yield stance(pattern, lacks="all attention" if pattern.visits else "")
+    turns = "rotated keys" if pattern.turns else ""
+    yield stance(pattern, lacks=", ".join(["all attention" if pattern.visits else "", turns]))
     if s.heads != "all":
         yield _Stance(f"heads={s.heads!r}", frozenset(), frozenset({"all heads"}))
     if len(chain) > 1:

@@ -103,7 +103,8 @@ class SessionPrograms:
         checks.order(recipe, order)
         self.implementation, self.order = resolve(implementation), order
         self.layers = model if isinstance(model, Layers) else Layers.of(model)
-        self.config = self.layers.config
+        # RoPE may depend on the length of the text
+        self.config = self.layers.config.at_length(prompt + new_tokens)
         self.recipe, self.prompt, self.new_tokens, self.batch = recipe, prompt, new_tokens, batch
         self.schedule = schedule or OneShot()
         recipe.check(self.config, aux)

@@ -30,11 +30,11 @@ def rms(x, weight, eps):
     return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps) * weight
 
 
-def turn(x, pos, frequencies):
-    """Rotate pairs (i, i + D/2) as complex numbers.  x [T,D], pos [T]."""
-    half = x.shape[-1] // 2
-    z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * np.asarray(pos, np.float64)[:, None] * frequencies)
-    return np.concatenate([z.real, z.imag], -1)
+def turn(x, pos, frequencies, scale=1.0):
+    """Rotate pairs (i, i + R/2) as complex numbers; channels from R on stay.  x [T,D], pos [T], frequencies [R/2]."""
+    half = len(frequencies)
+    z = (x[:, :half] + 1j * x[:, half : 2 * half]) * np.exp(1j * np.asarray(pos, np.float64)[:, None] * frequencies)
+    return np.concatenate([scale * z.real, scale * z.imag, x[:, 2 * half :]], -1)
 
 
 def activation(name, x):
@@ -61,16 +61,13 @@ class NaiveModel:
         self.held = [[blank() for _ in range(c.num_kv_heads)] for _ in range(c.num_layers)]
 
     def frequencies(self, local):
+        rope, dim = self.rope(local), self.rope(local).dim or self.config.head_dim
+        divisors = list(rope.divisors) * (dim // 2 if len(rope.divisors) == 1 else 1)
+        return np.array([rope.base ** (-2 * i / dim) / divisors[i] for i in range(dim // 2)])
+
+    def rope(self, local):
         c = self.config
-        base = c.rope_base_local if local and c.rope_base_local is not None else c.rope_base
-        found = []
-        for i in range(c.head_dim // 2):
-            f = base ** (-2 * i / c.head_dim)
-            if not local:
-                f /= 1.0 if c.rope_divisors is None else c.rope_divisors[i]
-                f /= c.rope_scale
-            found.append(f)
-        return np.array(found)
+        return c.rope_local if local and c.rope_local is not None else c.rope
 
     def step(self, tokens):
         """Feed tokens; the residual stream [T,E] after the last layer."""
@@ -89,8 +86,12 @@ class NaiveModel:
     def block(self, layer, x, pos):
         c, D = self.config, self.config.head_dim
         w = {n.split(".", 2)[2]: a for n, a in self.weights.items() if n.startswith(f"layers.{layer}.")}
-        local = c.global_every is not None and (layer + 1) % c.global_every != 0
-        frequencies = self.frequencies(local)
+        local = c.window is not None
+        if c.global_every is not None:
+            local = (layer + 1) % c.global_every != 0
+        if c.local_layers is not None:
+            local = c.local_layers[layer]
+        frequencies, amplitude = self.frequencies(local), self.rope(local).scale
         scale = 1 / math.sqrt(D) if c.attention_scale is None else c.attention_scale
         wide = rms(x, w["attn_norm"], c.norm_eps) @ w["qkv"]
         if c.qkv_bias:
@@ -109,20 +110,22 @@ class NaiveModel:
             now = Held(
                 pos=np.concatenate([old.pos, pos]),
                 raw=np.concatenate([old.raw, keys[head]]),
-                key=np.concatenate([old.key, turn(keys[head], pos, frequencies)]),
+                key=np.concatenate([old.key, turn(keys[head], pos, frequencies, amplitude)]),
                 value=np.concatenate([old.value, values[head]]),
                 mass=np.concatenate([old.mass, np.zeros(len(pos))]),
             )
             q_turn, read = pos, now.key
             if self.cache_positions:
                 rank = np.argsort(np.argsort(now.pos))
-                q_turn, read = rank[n:], turn(now.raw, rank, frequencies)
+                q_turn, read = rank[n:], turn(now.raw, rank, frequencies, amplitude)
             sees = now.pos[None] <= pos[:, None]
             if local:
                 sees &= pos[:, None] - now.pos[None] < c.window
             if self.allow is not None:
                 sees &= self.allow(pos[:, None], now.pos[None])
-            now.query = np.stack([turn(queries[head * group + g], q_turn, frequencies) for g in range(group)])
+            now.query = np.stack(
+                [turn(queries[head * group + g], q_turn, frequencies, amplitude) for g in range(group)]
+            )
             logits = np.where(sees, now.query @ read.T * scale, -np.inf)
             prob = np.exp(logits - logits.max(-1, keepdims=True))
             now.prob = prob / prob.sum(-1, keepdims=True)
@@ -133,6 +136,8 @@ class NaiveModel:
             chosen = self.keep(self.held[layer])
             self.held[layer] = [h.take(np.sort(i)) for h, i in zip(self.held[layer], chosen, strict=True)]
         out = np.concatenate(outs, -1) @ w["o"]
+        if c.o_bias:
+            out = out + w["o_bias"]
         x = x + (rms(out, w["post_attn_norm"], c.norm_eps) if c.post_norms else out)
         wide = rms(x, w["mlp_norm"], c.norm_eps) @ w["gate_up"]
         out = (activation(c.activation, wide[:, : c.d_ff]) * wide[:, c.d_ff :]) @ w["down"]

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
-from lcx.model_config import ModelConfig
+from lcx.model_config import ModelConfig, Rope
 
 SIZES = {
     "num_layers": 2,
@@ -35,10 +35,12 @@ ARCHITECTURES = {
         "attention_scale": 16**-0.5,
         "window": 16,
         "global_every": 6,
-        "rope_base_local": 10_000.0,
+        "rope_local": Rope(base=10_000.0),
     },
 }
+ARCHITECTURES["phi3"] = {}
 HF_CLASS = {
+    "phi3": "Phi3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -52,7 +54,7 @@ TOKENS = [chr(i) for i in range(ord("A"), ord("A") + 45)] + ["ab", "abc", "<|end
 
 def small_config(arch: str, tied: bool = True) -> ModelConfig:
     values = SIZES | ARCHITECTURES[arch]
-    return ModelConfig(name=HF_CLASS[arch], rope_base=50_000.0, norm_eps=1e-6, tied=tied, **values)
+    return ModelConfig(name=HF_CLASS[arch], rope=Rope(base=50_000.0), norm_eps=1e-6, tied=tied, **values)
 
 
 def hf_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -74,6 +76,19 @@ def hf_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
             "mlp.up_proj.weight": (c.d_ff, c.d_model),
             "mlp.down_proj.weight": (c.d_model, c.d_ff),
         }
+        if c.name == HF_CLASS["phi3"]:
+            for name in [
+                n
+                for n in layer
+                if n.startswith(("self_attn.q_", "self_attn.k_", "self_attn.v_", "mlp.gate_", "mlp.up_"))
+            ]:
+                del layer[name]
+            layer |= {
+                "self_attn.qkv_proj.weight": (q + 2 * kv, c.d_model),
+                "mlp.gate_up_proj.weight": (2 * c.d_ff, c.d_model),
+            }
+        if c.o_bias:
+            layer["self_attn.o_proj.bias"] = (c.d_model,)
         if c.qkv_bias:
             layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
         if c.qk_norm:
@@ -100,7 +115,7 @@ def hf_json(arch: str, config: ModelConfig) -> dict:
         "vocab_size": c.vocab_size,
         "max_position_embeddings": c.context,
         "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_base,
+        "rope_theta": c.rope.base,
         "tie_word_embeddings": c.tied,
         "hidden_act": "silu",
     }
@@ -139,6 +154,8 @@ GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
@@ -159,8 +176,11 @@ def permute(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return out
 
 
-def write_gguf(path: Path, arch: str, config: ModelConfig, weights: dict[str, np.ndarray], extra=()) -> Path:
-    """A GGUF file of the same model: what a converter would do to the Hugging Face weights."""
+def write_gguf(path: Path, arch: str, config: ModelConfig, weights: dict[str, np.ndarray], extra=(), keys=None) -> Path:
+    """A GGUF file of the same model: what a converter would do to the Hugging Face weights.
+
+    `keys` are further keys: number, text or bool; {arch} in a name is the architecture.
+    """
     c = config
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(c.name)
@@ -173,10 +193,13 @@ def write_gguf(path: Path, arch: str, config: ModelConfig, weights: dict[str, np
     writer.add_feed_forward_length(c.d_ff)
     writer.add_context_length(c.context)
     writer.add_vocab_size(c.vocab_size)
-    writer.add_rope_freq_base(c.rope_base)
+    writer.add_rope_freq_base(c.rope.base)
     writer.add_layer_norm_rms_eps(c.norm_eps)
     if c.window:
         writer.add_sliding_window(c.window)
+    add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    for key, value in (keys or {}).items():
+        add[type(value)](key.format(arch=arch), value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(TOKENS)

@@ -35,7 +35,14 @@ def test_the_compiler_is_of_the_locked_version(compiler):
     assert version("nvidia-cuda-nvcc") == version("nvidia-nvvm") == locked
     said = subprocess.run([compiler / "bin" / "ptxas", "--version"], capture_output=True, text=True, check=True).stdout
     assert f"V{locked}" in said
-    assert os.environ["PATH"].split(os.pathsep)[0] == str(compiler / "bin")
+
+
+def test_the_wheels_come_first_on_the_path_and_once(compiler, monkeypatch):
+    monkeypatch.setenv("PATH", os.defpath)
+    assert wheel_compiler() == compiler
+    assert os.environ["PATH"] == os.pathsep.join([str(compiler / "bin"), os.defpath])
+    wheel_compiler()
+    assert os.environ["PATH"] == os.pathsep.join([str(compiler / "bin"), os.defpath])
 
 
 def test_a_toolkit_of_the_machine_is_not_used(compiler, tmp_path):

@@ -19,7 +19,7 @@ from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import chain
 from lcx.codecs.paged import chain as paged_chain
 from lcx.errors import UserError
-from lcx.model_config import ModelConfig, param_shapes
+from lcx.model_config import ModelConfig, Rope, param_shapes
 from lcx.models.decoder import Block, Layers, logits_program
 from lcx.patterns.quest import Quest
 from lcx.plan.targets import TARGETS, compile_device, compile_for, gpu_target
@@ -31,7 +31,7 @@ from lcx.recipe import Recipe, Segment
 from lcx.session import Session
 
 # three of the 32 layers: Quest reads the first two densely
-LLAMA3_8B = ModelConfig("llama3-8b", 3, 4_096, 32, 8, 128, 14_336, 128_256, 131_072, rope_base=5e5, tied=False)
+LLAMA3_8B = ModelConfig("llama3-8b", 3, 4_096, 32, 8, 128, 14_336, 128_256, 131_072, rope=Rope(base=5e5), tied=False)
 TOKENS, CHUNK = 131_072, 2_048
 GIB = 2**30
 HALF = split_by_score([[0, 1] * 4] * 3, 0.5)

@@ -15,7 +15,7 @@ from tiny import ATOL, TINY, layers, text, weights
 
 from lcx.axes import KeepAll
 from lcx.generate import generate
-from lcx.model_config import num_params, param_shapes
+from lcx.model_config import Rope, num_params, param_shapes
 from lcx.models.decoder import Model
 from lcx.models.rope import inverse_frequencies, rotate
 from lcx.patterns.streaming import CachePositions
@@ -27,9 +27,8 @@ GEMMA = replace(
     TINY,
     name="gemma3",
     head_dim=20,  # H * D is not E
-    rope_base=1e6,
-    rope_base_local=10_000.0,
-    rope_scale=8.0,
+    rope=Rope(1e6, (8.0,)),
+    rope_local=Rope(),
     qk_norm=True,
     post_norms=True,
     activation="gelu_tanh",
@@ -41,9 +40,14 @@ GEMMA = replace(
 )
 CONFIGS = [
     TINY,
+    replace(TINY, name="llama31", rope=Rope(5e5, (1.0,) * 4 + (1.5, 1.8, 2.0, 2.5, 3.0, 4.0) + (8.0,) * 6), tied=False),
     replace(
-        TINY, name="llama31", rope_divisors=(1.0,) * 4 + (1.5, 2.0, 2.5, 3.0) + (8.0,) * 8, rope_base=5e5, tied=False
+        TINY,
+        name="yarn",
+        rope=Rope(divisors=(1.0,) * 4 + (1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0) + (4.0,) * 4, scale=1.14),
     ),
+    replace(TINY, name="phi3", rope=Rope(divisors=(1.0, 1.1, 1.2, 2.0, 5.0), scale=1.19, dim=10), window=5),
+    replace(TINY, name="biases", qkv_bias=True, o_bias=True, window=4, local_layers=(False, True, True)),
     replace(TINY, name="qwen2", qkv_bias=True),
     replace(TINY, name="qwen3", qk_norm=True, head_dim=20, tied=False),
     GEMMA,

@@ -20,7 +20,7 @@ from lcx.axes import KeepAll
 from lcx.cache import device_bytes
 from lcx.config_files import load_config
 from lcx.errors import UserError
-from lcx.model_config import ModelConfig
+from lcx.model_config import ModelConfig, Rope
 from lcx.ops.attention import attend, tokens_source
 from lcx.ops.masks import Bounds
 from lcx.patterns.sink_window import AShape
@@ -37,7 +37,7 @@ from lcx.session import Session
 from lcx.storage import Shape
 
 # every layer has a window
-LOCAL = replace(TINY, name="local", window=6, global_every=4, rope_base=1e6, rope_base_local=1e4)
+LOCAL = replace(TINY, name="local", window=6, global_every=4, rope=Rope(1e6), rope_local=Rope(1e4))
 # compiling is what this file costs: prompts are padded to 37 tokens and read in steps of 17 or 1, so that two programs
 # serve all lengths; up to 17 tokens a prompt is read in one step, beyond that in chunks
 PROMPT, CHUNK, NEW = 37, 17, 4

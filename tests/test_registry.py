@@ -47,7 +47,7 @@ def test_smollm2_is_the_model_that_it_says(smollm2):
     assert {name: array.shape for name, array in smollm2.arrays.items()} == param_shapes(smollm2.config)
     c = smollm2.config
     assert (c.num_layers, c.d_model, c.num_heads, c.num_kv_heads, c.head_dim) == (30, 576, 9, 3, 64)
-    assert (c.d_ff, c.vocab_size, c.context, c.rope_base, c.tied) == (1_536, 49_152, 8_192, 100_000, True)
+    assert (c.d_ff, c.vocab_size, c.context, c.rope.base, c.tied) == (1_536, 49_152, 8_192, 100_000, True)
     assert c.scale == 1 / 8
     assert all(np.isfinite(array).all() for array in smollm2.arrays.values())
     assert smollm2.tokenizer.vocab_size == c.vocab_size

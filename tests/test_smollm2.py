@@ -32,7 +32,10 @@ PRESSES = {
 # presses of peers_smollm2_layers.npz: config and switches.  The switches of pyramidkv are a guess at the config's fields.
 LAYER_PRESSES = {
     "keydiff": ("keydiff", {}),
-    "pyramidkv": ("pyramidkv", {"recipe.segments.0.policy.window": "16", "recipe.segments.0.policy.beta": "10"}),
+    "pyramidkv": (
+        "pyramidkv",
+        {f"recipe.segments.0.compress.{n}": v for n, v in {"window": "16", "beta": "10", "rule": "kvpress"}.items()},
+    ),
 }
 
 

@@ -30,6 +30,8 @@ LOADED = {"tiny": Loaded(TINY, "0" * 64)}
 class Letters:
     """A tokenizer of the tiny model: a token a character."""
 
+    front = ()
+
     def encode(self, text):
         return [ord(c) % 97 for c in text]
 

@@ -35,3 +35,35 @@ def test_a_missing_text_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be read") as caught:
         texts.read("pride_and_prejudice")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"a b\n", "a b\n"),
+        (b"\xef\xbb\xbfa b\n", "a b\n"),
+        (b"\xef\xbb\xbf", ""),
+        # the first mark is the file's, a second one is text
+        (b"\xef\xbb\xbf\xef\xbb\xbfa", "\ufeffa"),
+        (b"a\xef\xbb\xbfb", "a\ufeffb"),
+        (b"a\r\nb\r\n", "a\nb\n"),
+        (b"a\rb\n\rc", "a\nb\n\nc"),
+        (b"\xef\xbb\xbfa\r\n\r\nb", "a\n\nb"),
+        ("naïve 日本".encode(), "naïve 日本"),
+    ],
+)
+def test_a_file_gives_its_text_without_mark_and_carriage_returns(tmp_path, raw, text):
+    (tmp_path / "t.txt").write_bytes(raw)
+    assert texts.read_file(tmp_path / "t.txt") == text
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xfea\0", b"\xfe\xff\0a", b"a\xe9", b"\xef\xbb", b"\xff"])
+def test_a_file_of_another_encoding_is_refused(tmp_path, raw):
+    (tmp_path / "t.txt").write_bytes(raw)
+    with pytest.raises(UserError, match=r"text_file='.*t.txt' is not UTF-8 at byte \d"):
+        texts.read_file(tmp_path / "t.txt")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="prompt_file='.*gone' cannot be read: No such file"):
+        texts.read_file(tmp_path / "gone", "prompt_file")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from lcx import texts
@@ -239,3 +239,145 @@ def test_a_broken_tokenizer_json_is_one_clear_line(tmp_path):
         with pytest.raises(CheckpointFormatError, match="tokenizer.json: ") as caught:
             Tokenizer.from_json(path)
         assert "\n" not in str(caught.value)
+
+
+def saved(folder, front=(), behind=(), tokens=("<s>", "</s>", "<|eot|>", "<|eom|>")):
+    """tokenizer.json over bytes, with a post-processor that puts tokens in front of a text and behind it."""
+    backend = Backend(models.BPE(vocab={s: i for i, s in enumerate(byte_symbols())}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in tokens])
+    if front or behind:
+        named = [(token, backend.token_to_id(token)) for token in (*front, *behind)]
+        backend.post_processor = processors.TemplateProcessing(
+            single=" ".join([*front, "$A", *behind]), special_tokens=list(dict(named).items())
+        )
+    # both are of training, and must not count
+    backend.enable_padding(direction="left", pad_id=0, pad_token=byte_symbols()[0], length=7)
+    backend.enable_truncation(1 + len(front) + len(behind))
+    backend.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+EOT, EOM = 258, 259
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "generation", "stops"),
+    [
+        ({"eos_token": "</s>"}, {}, {}, (257,)),
+        ({"eos_token": "</s>"}, {"eos_token_id": [257, EOT]}, {}, (257, EOT)),
+        ({"eos_token": {"content": "</s>"}}, {"eos_token_id": EOT}, {"eos_token_id": [EOT, EOM]}, (257, EOT, EOM)),
+        ({}, {"eos_token_id": EOT}, {"eos_token_id": 257}, (EOT, 257)),
+        ({}, {"eos_token_id": None}, {"eos_token_id": [EOM]}, (EOM,)),
+        ({"eos_token": None}, {}, {}, ()),
+        ({}, {"eos_token_id": []}, {"eos_token_id": [EOT, EOT]}, (EOT,)),
+    ],
+)
+def test_every_file_may_name_stop_tokens(tmp_path, settings, model, generation, stops):
+    tokenizer = Tokenizer.from_json(saved(tmp_path), settings, model, generation)
+    assert tokenizer.stop_ids == stops
+    assert tokenizer.eos_id == (stops[0] if stops else None)
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"eos_token_id": "</s>"}, "allowed is an id or a list of ids"),
+        ({"eos_token_id": [1.5]}, "allowed is an id or a list of ids"),
+        ({"eos_token_id": [True]}, "allowed is an id or a list of ids"),
+        ({"eos_token_id": [[1]]}, "allowed is an id or a list of ids"),
+        ({"eos_token_id": {"a": 1}}, "allowed is an id or a list of ids"),
+        ({"eos_token_id": [257, 260]}, "eos_id=260, allowed are 0 to 259"),
+        ({"eos_token_id": -1}, "eos_id=-1, allowed are 0 to 259"),
+    ],
+)
+def test_stop_tokens_that_are_none_are_refused(tmp_path, generation, message):
+    with pytest.raises(CheckpointFormatError, match=message):
+        Tokenizer.from_json(saved(tmp_path), {}, {}, generation)
+
+
+@pytest.mark.parametrize(
+    ("keys", "stops"),
+    [
+        ({"eos_token_id": 256}, (256,)),
+        ({"eos_token_id": 257, "eot_token_id": 256}, (257, 256)),
+        ({"eos_token_id": 257, "eot_token_id": 256, "eom_token_id": 255}, (257, 256, 255)),
+        ({"eos_token_id": None, "eot_token_id": 256}, (256,)),
+        ({"eos_token_id": 257, "eom_token_id": 257}, (257,)),
+    ],
+)
+def test_gguf_files_name_several_stop_tokens(keys, stops):
+    assert Tokenizer.from_gguf(fields(**keys), "tiny").stop_ids == stops
+
+
+@pytest.mark.parametrize(
+    ("front", "behind", "settings", "ids"),
+    [
+        ((), (), {"bos_token": "<s>"}, []),
+        (("<s>",), (), {"bos_token": "<s>"}, [256]),
+        (("<s>",), ("</s>",), {"bos_token": "<s>", "eos_token": "</s>"}, [256]),  # texts go on: no eos behind
+        ((), ("</s>",), {"bos_token": "<s>", "eos_token": "</s>"}, []),
+        ((), (), {"bos_token": "<s>", "add_bos_token": True}, [256]),
+        (("<s>",), (), {"bos_token": "<s>", "add_bos_token": False}, []),
+        (("<s>",), (), {"bos_token": "<s>", "add_bos_token": None}, [256]),
+        (("<s>",), (), {}, [256]),  # the post-processor alone
+        (("<|eot|>",), (), {"bos_token": "<s>"}, [258]),  # it is what is put in front that counts
+    ],
+)
+def test_bos_is_in_front_where_the_tokenizer_puts_it(tmp_path, front, behind, settings, ids):
+    tokenizer = Tokenizer.from_json(saved(tmp_path, front, behind), settings)
+    assert tokenizer.front == ids
+    assert tokenizer.text_ids("ab") == [*ids, *tokenizer.encode("ab")]
+    assert tokenizer.text_ids("") == ids
+
+
+def test_more_than_one_token_in_front_is_refused(tmp_path):
+    with pytest.raises(CheckpointFormatError, match="puts 2 tokens in front of a text; allowed is one"):
+        Tokenizer.from_json(saved(tmp_path, ("<s>", "<|eot|>")))
+
+
+@pytest.mark.parametrize(
+    ("keys", "front"),
+    [
+        ({}, []),  # byte-level BPE: none unless the file says so
+        ({"add_bos_token": True}, [257]),
+        ({"pre": "llama-bpe"}, [257]),
+        ({"pre": "llama-bpe", "add_bos_token": False}, []),
+        ({"pre": "qwen2", "add_bos_token": False}, []),
+        ({"pre": "qwen2", "add_bos_token": True, "bos_token_id": 256}, [256]),
+    ],
+)
+def test_gguf_files_put_bos_in_front_as_llama_cpp_does(keys, front):
+    assert Tokenizer.from_gguf(fields(**keys), "tiny").front == front
+
+
+@pytest.mark.parametrize("index", [258, 259, 260])
+def test_padding_of_a_gguf_vocabulary_stands_for_no_text(index):
+    tokens = [*fields()["tokenizer.ggml.tokens"], "[PAD258]", "[PAD259]", "[PAD260]"]
+    tokenizer = Tokenizer.from_gguf(fields(tokens=tokens, token_type=np.array([1] * 257 + [3] + [5] * 3)), "tiny")
+    assert tokenizer.vocab_size == 261 and not tokenizer.has_text[index] and tokenizer.has_text[:258].all()
+    with pytest.raises(UserError, match=f"token id {index} stands for no text: tiny pads its vocabulary"):
+        tokenizer.decode([5, index])
+    # a token of that name which is not padding is text, as is an unused one of another name
+    other = Tokenizer.from_gguf(fields(tokens=tokens, token_type=np.array([1] * 257 + [3, 1, 1, 1])), "tiny")
+    assert other.decode([index]) == f"[PAD{index}]"
+
+
+def test_gaps_between_ids_stand_for_no_text(tmp_path):
+    path = saved(tmp_path)
+    raw = json.loads(path.read_text())
+    vocab = {t: i + (2 if i > 250 else 0) for t, i in raw["model"]["vocab"].items()}
+    for token in raw["added_tokens"]:
+        token["id"] += 2
+    raw["model"]["vocab"] = vocab | {token["content"]: token["id"] for token in raw["added_tokens"]}
+    path.write_text(json.dumps(raw))
+    tokenizer = Tokenizer.from_json(path, {"eos_token": "</s>"})
+    assert (tokenizer.vocab_size, tokenizer.stop_ids) == (262, (259,))
+    assert [int(i) for i in np.flatnonzero(~tokenizer.has_text)] == [251, 252]
+    with pytest.raises(UserError, match="token id 252 stands for no text"):
+        tokenizer.decode([252])
+    # without them in the vocabulary the library gives added tokens ids that others have
+    path.write_text(json.dumps(raw | {"model": raw["model"] | {"vocab": vocab}}))
+    with pytest.raises(CheckpointFormatError, match="two tokens have one id"):
+        Tokenizer.from_json(path)

@@ -14,7 +14,7 @@ from lcx import texts
 from lcx.axes import KeepAll
 from lcx.errors import UserError
 from lcx.models.decoder import Layers, Model
-from lcx.models.loading import Pretrained, starts_with_bos
+from lcx.models.loading import Pretrained
 from lcx.ops.attention import merge
 from lcx.ops.masks import Far, both
 from lcx.policies.sink_window import SinkWindow
@@ -97,7 +97,7 @@ def calibrate(model: Pretrained, text: str, tokens: int, sink: int, window: int)
       UserError: no such text, a number out of range, or fewer tokens in the text or in the model's context.
     """
     config = model.config
-    ids = starts_with_bos(model.tokenizer, model.tokenizer.encode(texts.read(text)))
+    ids = model.tokenizer.text_ids(texts.read(text))
     most = min(len(ids), config.context)
     if not 1 <= tokens <= most:
         raise UserError(f"tokens={tokens}; text {text!r} and the context of {model.name} allow 1 to {most}")

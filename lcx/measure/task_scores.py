@@ -6,13 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 
 from lcx.errors import UserError
 from lcx.experiment import Experiment
 from lcx.measure.quality import make_session, score_text, token_nll
-from lcx.models.loading import Pretrained, starts_with_bos
+from lcx.models.loading import Pretrained
 from lcx.recipe import Recipe
 from lcx.session import Session
 from lcx.tasks import Sample, Window, longppl, longppl_keys, longppl_windows, score, sliding_windows
@@ -37,7 +36,7 @@ class TaskResult:
 
 def encoder(model: Pretrained) -> Callable[[str], list[int]]:
     """Text -> the ids that `run_samples` feeds the model, its bos token included where it was trained with one.  For `tasks.generate`."""
-    return lambda text: starts_with_bos(model.tokenizer, model.tokenizer.encode(text))
+    return model.tokenizer.text_ids
 
 
 def run_samples(
@@ -61,7 +60,7 @@ def run_samples(
       samples: of `lcx.tasks`, made with `encoder(model)`.
       batch: prompts side by side; the last batch is filled up with its first prompt.
       encode: text -> ids, where the samples were made with another one, for example one that parses a chat template's special tokens.
-      stop_at_newline: end an answer at the first newline after a text, besides at the eos token.
+      stop_at_newline: end an answer at the first newline after a text, besides at the model's stop tokens.
       allow_extrapolation: let budgets exceed the model's context.
 
     Raises:
@@ -84,7 +83,7 @@ def run_samples(
             prompts += prompts[:1] * (batch - len(here))
             answers = [_Answer(model, samples[i].answer_tokens, stop_at_newline) for i in here]
             session = make_session(model.layers, experiment, prompt, new_tokens, batch)
-            _answer(session, prompts, answers)
+            _answer(model, session, prompts, answers)
             for i, answer in zip(here, answers, strict=True):
                 text = answer.text()
                 results[i] = TaskResult(samples[i], text, score(samples[i], text), tuple(answer.ids))
@@ -118,24 +117,24 @@ class _Answer:
         self.ended = False
 
     def text(self) -> str:
-        return self.tokenizer.decode([i for i in self.ids if i < self.tokenizer.vocab_size], skip_special=True)
+        return self.tokenizer.decode(self.ids, skip_special=True)
 
     def add(self, token: int) -> None:
         if self.ended:
             return
         self.ids.append(token)
         newline = self.stop_at_newline and "\n" in self.text().lstrip()
-        self.ended = newline or token == self.tokenizer.eos_id or len(self.ids) == self.cap
+        self.ended = newline or token in self.tokenizer.stop_ids or len(self.ids) == self.cap
 
 
-def _answer(session: Session, prompts: list[list[int]], answers: list[_Answer]) -> None:
+def _answer(model: Pretrained, session: Session, prompts: list[list[int]], answers: list[_Answer]) -> None:
     """Feed the prompts and add greedy tokens until every answer has ended; rows past the answers fill the batch."""
     tokens = np.zeros((session.batch, session.prompt), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
         row[: len(ids)] = ids
     logits = session.prefill(tokens, [len(ids) for ids in prompts])
     while True:
-        best = np.asarray(jnp.argmax(logits, -1))
+        best = model.choose(logits)
         for answer, token in zip(answers, best, strict=False):
             answer.add(int(token))
         if all(answer.ended for answer in answers):
@@ -167,7 +166,8 @@ def window_nll(model: Pretrained, experiment: Experiment, ids, windows: Sequence
     ids = np.asarray(ids, np.int32)
     nll = np.full(len(ids), np.nan, np.float32)
     width = max((window.stop - window.start for window in windows), default=0)
-    bos = model.tokenizer.bos_id if model.tokenizer.add_bos and ids[0] == model.tokenizer.bos_id else None
+    front = model.tokenizer.front
+    bos = ids[0] if [ids[0]] == front else None
     for window in windows:
         first = max(window.first, window.start + 1)  # nothing comes before the first
         if first >= window.stop:

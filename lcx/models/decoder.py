@@ -1,4 +1,4 @@
-"""One decoder for Llama, SmolLM2, Qwen2, Qwen3 and Gemma 3.  It knows no attention: `lcx.programs` puts that between `enter` and `leave`.
+"""One decoder for the families of `lcx.pretrained.families`.  It knows no attention: `lcx.programs` puts that between `enter` and `leave`.
 
 Weights are per layer.  `nnx` modules hold parameters; every transform is plain jax.
 """
@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 
 from lcx.model_config import ModelConfig, param_shapes
-from lcx.models.rope import inverse_frequencies, rotate
+from lcx.models.rope import inverse_frequencies, rope_of, rotate
 from lcx.ops.attention import EMPTY, tile_starts
 
 # rows of a linear layer at a time on a CPU: activations stay in cache and their pages are used again (docs/design.md)
@@ -128,6 +128,7 @@ def leave(w, config: ModelConfig, x, out):
 
     def rows(x, out):
         out = _matmul(rearrange(out.astype(x.dtype), "B K G T D -> B T (K G D)"), w["o"])
+        out = out + w["o_bias"] if config.o_bias else out
         x = x + (rms_norm(out, w["post_attn_norm"], config.norm_eps) if config.post_norms else out)
         gate, up = jnp.split(_matmul(rms_norm(x, w["mlp_norm"], config.norm_eps), w["gate_up"]), 2, axis=-1)
         out = _matmul(_activation(config, gate) * up, w["down"])
@@ -138,8 +139,8 @@ def leave(w, config: ModelConfig, x, out):
 
 def rotation(config: ModelConfig, local: bool):
     """RoPE of a layer, `rotate(x, pos, axis)`; `local`: of one that sees the model's own window."""
-    inverse = inverse_frequencies(config, local)
-    return lambda x, pos, axis=-1: rotate(x, pos, inverse, axis)
+    inverse, scale = inverse_frequencies(config, local), rope_of(config, local).scale
+    return lambda x, pos, axis=-1: rotate(x, pos, inverse, axis, scale)
 
 
 @partial(jax.jit, static_argnames=("scale",))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lcx.errors import UserError
 from lcx.model_config import ModelConfig
@@ -26,6 +28,20 @@ class Pretrained:
     def config(self) -> ModelConfig:
         return self.layers.config
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return self.tokenizer.stop_ids
+
+    def choose(self, logits: jax.Array) -> np.ndarray:
+        """Return the most likely token of each row [B] of logits [B,V], among those that stand for a text."""
+        known = self.tokenizer.has_text[: logits.shape[-1]]
+        if len(known) == logits.shape[-1] and known.all():
+            return np.asarray(jnp.argmax(logits, -1))
+        allowed = np.zeros(logits.shape[-1], bool)
+        allowed[: len(known)] = known
+        return np.asarray(jnp.argmax(jnp.where(allowed, logits, -jnp.inf), -1))
+
     def check_length(self, tokens: int, allow_extrapolation: bool = False) -> None:
         """Raise UserError when a text of `tokens` tokens is longer than the model was trained for."""
         if tokens > self.config.context and not allow_extrapolation:
@@ -40,8 +56,3 @@ def load(name: str, dtype: str = "float32", accept_licence: bool = False) -> Pre
     found = load_arrays(name, dtype, accept_licence)
     layers = Layers.of(Model(found.config, {n: jnp.asarray(a) for n, a in found.arrays.items()}))
     return Pretrained(layers, found.tokenizer, found.name, found.sha256, found.licence)
-
-
-def starts_with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """The ids with bos in front where the model was trained so."""
-    return [tokenizer.bos_id, *ids] if tokenizer.add_bos and tokenizer.bos_id is not None else ids

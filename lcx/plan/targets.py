@@ -97,17 +97,25 @@ def gpu_target(name: str) -> GpuTarget:
 
 
 @cache
+def _wheels() -> Path | None:
+    spec = find_spec("nvidia")
+    places = None if spec is None else spec.submodule_search_locations
+    folders = [Path(place) / "cu13" for place in places or ()]
+    return next((folder for folder in folders if (folder / "bin" / "ptxas").is_file()), None)
+
+
 def wheel_compiler() -> Path | None:
     """Return the folder of the wheels' CUDA compiler (bin/ptxas, nvvm/libdevice), first on PATH from now on; None without the wheels.
 
     Mosaic GPU looks for ptxas on the PATH when it compiles its first kernel, and remembers it; XLA's flags do not reach it.
     """
-    spec = find_spec("nvidia")
-    places = None if spec is None else spec.submodule_search_locations
-    folders = [Path(place) / "cu13" for place in places or ()]
-    root = next((folder for folder in folders if (folder / "bin" / "ptxas").is_file()), None)
-    if root is not None:
-        os.environ["PATH"] = os.pathsep.join([str(root / "bin"), os.environ.get("PATH", os.defpath)])
+    root = _wheels()
+    if root is None:
+        return None
+    first, path = str(root / "bin"), os.environ.get("PATH", os.defpath)
+    # each time: a caller may have put the environment back
+    if path.split(os.pathsep)[0] != first:
+        os.environ["PATH"] = os.pathsep.join([first, path])
     return root
 
 

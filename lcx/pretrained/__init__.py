@@ -1,7 +1,6 @@
 """Pretrained models and their tokenizers; nothing here imports JAX."""
 
-from lcx.pretrained.checkpoints import CheckpointMismatch
-from lcx.pretrained.gguf_header import CheckpointFormatError
+from lcx.pretrained.errors import CheckpointFormatError, CheckpointMismatch, LoadError
 from lcx.pretrained.registry import MODELS, Checkpoint, is_installed, load_arrays
 from lcx.pretrained.tokenizer import StreamDecoder, Tokenizer
 
@@ -10,6 +9,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointFormatError",
     "CheckpointMismatch",
+    "LoadError",
     "StreamDecoder",
     "Tokenizer",
     "is_installed",

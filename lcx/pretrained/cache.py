@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lcx.model_config import ModelConfig, param_shapes
-from lcx.pretrained.gguf_header import CheckpointFormatError
+from lcx.pretrained.errors import CheckpointFormatError
 from lcx.pretrained.safetensors_map import open_safetensors
 
 # raise it when the native layout or its names change
-FORMAT = 1
+FORMAT = 2
 NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 

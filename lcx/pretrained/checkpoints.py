@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from lcx.errors import UserError
 from lcx.model_config import ModelConfig, param_shapes
 from lcx.pretrained import cache
-from lcx.pretrained.gguf_header import READABLE, CheckpointFormatError, GGUFFile, open_gguf
+from lcx.pretrained.errors import CheckpointFormatError, CheckpointMismatch, LoadError
+from lcx.pretrained.gguf_header import READABLE, GGUFFile, open_gguf
 from lcx.pretrained.model_configs import config_from_gguf, config_from_hf
+from lcx.pretrained.rope_settings import ROPE_TENSORS
 from lcx.pretrained.safetensors_map import DTYPES, SafetensorsFile, open_safetensors
 
 MAX_JSON_BYTES = 64 << 20
@@ -31,12 +32,15 @@ GGUF_LAYER = {
     "q_norm": ("blk.{}.attn_q_norm.weight",),
     "k_norm": ("blk.{}.attn_k_norm.weight",),
     "o": ("blk.{}.attn_output.weight",),
+    "o_bias": ("blk.{}.attn_output.bias",),
     "post_attn_norm": ("blk.{}.post_attention_norm.weight",),
     "mlp_norm": ("blk.{}.ffn_norm.weight",),
     "gate_up": ("blk.{}.ffn_gate.weight", "blk.{}.ffn_up.weight"),
     "down": ("blk.{}.ffn_down.weight",),
     "post_mlp_norm": ("blk.{}.post_ffw_norm.weight",),
 }
+# Phi-3 stores what lcx joins already joined
+GGUF_LAYER_PHI3 = GGUF_LAYER | {"qkv": ("blk.{}.attn_qkv.weight",), "gate_up": ("blk.{}.ffn_up.weight",)}
 GGUF_TOP = {"embed": "token_embd.weight", "norm": "output_norm.weight", "lm_head": "output.weight"}
 HF_LAYER = {
     "attn_norm": ("model.layers.{}.input_layernorm.weight",),
@@ -45,9 +49,14 @@ HF_LAYER = {
     "q_norm": ("model.layers.{}.self_attn.q_norm.weight",),
     "k_norm": ("model.layers.{}.self_attn.k_norm.weight",),
     "o": ("model.layers.{}.self_attn.o_proj.weight",),
+    "o_bias": ("model.layers.{}.self_attn.o_proj.bias",),
     "mlp_norm": ("model.layers.{}.post_attention_layernorm.weight",),
     "gate_up": ("model.layers.{}.mlp.gate_proj.weight", "model.layers.{}.mlp.up_proj.weight"),
     "down": ("model.layers.{}.mlp.down_proj.weight",),
+}
+HF_LAYER_PHI3 = HF_LAYER | {
+    "qkv": ("model.layers.{}.self_attn.qkv_proj.weight",),
+    "gate_up": ("model.layers.{}.mlp.gate_up_proj.weight",),
 }
 # with norms after attention and MLP, `post_attention_layernorm` is what it says; without, it is the norm before the MLP
 HF_LAYER_POST_NORMS = HF_LAYER | {
@@ -56,14 +65,6 @@ HF_LAYER_POST_NORMS = HF_LAYER | {
     "post_mlp_norm": ("model.layers.{}.post_feedforward_layernorm.weight",),
 }
 HF_TOP = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "lm_head": "lm_head.weight"}
-
-
-class CheckpointMismatch(UserError):
-    """Stored weights do not fit their config.  `problems` lists all of them, and so does the one-line message."""
-
-    def __init__(self, path: str, problems: list[str]):
-        super().__init__(f"{path}: {len(problems)} problem(s) with its weights: {'; '.join(problems)}")
-        self.problems = tuple(problems)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _parts(config: ModelConfig, layer_names: Mapping[str, tuple[str, ...]], top:
             continue
         _, index, kind = native.split(".")
         names = [name.format(index) for name in layer_names[kind]]
-        columns = widths.get(kind, (shape[-1],))
+        columns = widths[kind] if len(names) > 1 else (shape[-1],)
         parts[native] = [
             Part(name, (width, *shape[:-1]), heads[i] if permuted and kind in ("qkv", "qkv_bias") else 0)
             for i, (name, width) in enumerate(zip(names, columns, strict=True))
@@ -120,7 +121,7 @@ def _parts(config: ModelConfig, layer_names: Mapping[str, tuple[str, ...]], top:
     return parts
 
 
-def _check(path: str, parts: Mapping[str, list[Part]], stored: Mapping[str, Stored], dtypes, ignored: set[str]) -> None:
+def _check(path: str, parts: Mapping[str, list[Part]], stored: Mapping[str, Stored], dtypes, ignored: Set[str]) -> None:
     """Raises CheckpointMismatch with every missing, misshaped, mistyped and unknown array."""
     problems = []
     wanted = [part for group in parts.values() for part in group]
@@ -132,7 +133,7 @@ def _check(path: str, parts: Mapping[str, list[Part]], stored: Mapping[str, Stor
         if found.shape != part.shape:
             problems.append(f"{part.name} has shape {found.shape}, its config asks for {part.shape}")
         if found.dtype not in dtypes:
-            problems.append(f"{part.name} has type {found.dtype}, allowed are {', '.join(sorted(dtypes))}")
+            problems.append(f"{part.name} has type {found.dtype}, which lcx does not read")
     unknown = set(stored) - {part.name for part in wanted} - ignored
     problems += [f"{name[:80]!r} is in the file but not in the model" for name in sorted(unknown)]
     if problems:
@@ -167,7 +168,7 @@ def load_gguf(path: str | Path, dtype: str = "float32") -> tuple[ModelConfig, di
     """Config and native arrays of a GGUF file, from the cache where they are there, else put there.
 
     Args:
-      path: a file of arch llama, qwen2, qwen3 or gemma3.
+      path: a file of arch llama, qwen2, qwen3, phi3 or gemma3.
       dtype: "float32" or "bfloat16".
 
     Returns:
@@ -194,8 +195,9 @@ def plan_gguf(file: GGUFFile) -> tuple[ModelConfig, dict[str, list[Part]]]:
     config = config_from_gguf(file)
     # converters permute q and k of this architecture only
     permuted = file.fields["general.architecture"] == "llama"
-    parts = _parts(config, GGUF_LAYER, GGUF_TOP, permuted)
-    _check(file.path, parts, _gguf_stored(file), READABLE, {"rope_freqs.weight"})
+    names = GGUF_LAYER_PHI3 if file.fields["general.architecture"] == "phi3" else GGUF_LAYER
+    parts = _parts(config, names, GGUF_TOP, permuted)
+    _check(file.path, parts, _gguf_stored(file), READABLE, ROPE_TENSORS)
     return config, parts
 
 
@@ -222,7 +224,8 @@ def load_hf(path: str | Path, dtype: str = "float32") -> tuple[ModelConfig, dict
     """
     _check_dtype(dtype)
     path = Path(path)
-    config = config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
+    raw = read_json(path / "config.json")
+    config = config_from_hf(raw, str(path / "config.json"))
     files = _weight_files(path)
     stored: dict[str, Stored] = {}
     for file in files:
@@ -233,13 +236,25 @@ def load_hf(path: str | Path, dtype: str = "float32") -> tuple[ModelConfig, dict
             name: Stored(shape, kind, lambda name=name, file=file: file.values(name))
             for name, (kind, shape, _) in file.entries.items()
         }
-    parts = _parts(config, HF_LAYER_POST_NORMS if config.post_norms else HF_LAYER, HF_TOP, permuted=False)
+    if config.tied and _has_own_head(stored):
+        config = replace(config, tied=False)
+    fused = raw["architectures"] == ["Phi3ForCausalLM"]
+    names = HF_LAYER_PHI3 if fused else HF_LAYER_POST_NORMS if config.post_norms else HF_LAYER
+    parts = _parts(config, names, HF_TOP, permuted=False)
     ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_layers)}
     if config.tied:
-        ignored.add("lm_head.weight")
+        ignored.add(HF_TOP["lm_head"])
     _check(str(path), parts, stored, DTYPES.keys(), ignored)
     arrays = _convert(parts, stored, config, dtype, shift=config.post_norms)
     return config, arrays, _sha256_of([path / "config.json", *(Path(file.path) for file in files)])
+
+
+def _has_own_head(stored: Mapping[str, Stored]) -> bool:
+    """True where the file's lm_head is not its embedding; then the file's is used, whatever tie_word_embeddings says."""
+    embed, head = (stored.get(HF_TOP[name]) for name in ("embed", "lm_head"))
+    if embed is None or head is None or head.dtype not in DTYPES or embed.dtype not in DTYPES:
+        return False
+    return embed.shape != head.shape or not np.array_equal(embed.read(), head.read())
 
 
 def _weight_files(path: Path) -> list[SafetensorsFile]:
@@ -287,7 +302,7 @@ def read_json(path: Path) -> dict:
 
 def _check_dtype(dtype: str) -> None:
     if dtype not in cache.NUMPY_DTYPES:
-        raise UserError(f"dtype={dtype!r}; allowed are {', '.join(cache.NUMPY_DTYPES)}")
+        raise LoadError(f"dtype={dtype!r}; allowed are {', '.join(cache.NUMPY_DTYPES)}")
 
 
 def _sha256_of(paths: list[Path]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from lcx.errors import UserError
+from lcx.pretrained.errors import CheckpointFormatError
 
 MAX_KEYS = 4_096
 MAX_TENSORS = 65_536
@@ -46,10 +46,6 @@ READABLE = frozenset(
     "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K TQ1_0 TQ2_0 MXFP4 NVFP4 "
     "IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S IQ1_M IQ4_NL IQ4_XS".split()
 )
-
-
-class CheckpointFormatError(UserError):
-    """A file of weights that cannot be read.  The message names file, field and byte offset where it has them."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class GGUFFile:
         info = self.tensors[name]
         if info.type.name not in READABLE:
             raise CheckpointFormatError(
-                f"{self.path}: tensor {name!r} has type {info.type.name}; readable are {', '.join(sorted(READABLE))}"
+                f"{self.path}: tensor {name[:80]!r} has type {info.type.name}, which gguf does not dequantise"
             )
         block, block_bytes = gguf.GGML_QUANT_SIZES[info.type]
         raw = np.frombuffer(self.buffer, np.uint8, count=info.nbytes, offset=info.offset)

@@ -1,6 +1,6 @@
 """ModelConfig from a GGUF header or from a Hugging Face config.json.
 
-What lcx cannot compute exactly (YaRN, soft-capping, a sliding window on other layers, ...) is refused, never ignored.
+A checkpoint that lcx cannot compute exactly (soft-capping, partial rotation of other models, ...) is refused, never loaded wrong.
 """
 
 from __future__ import annotations
@@ -8,24 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from lcx.errors import nearest
-from lcx.model_config import ModelConfig
-from lcx.pretrained.gguf_header import CheckpointFormatError, GGUFFile
+from lcx.model_config import ModelConfig, Rope
+from lcx.pretrained.errors import CheckpointFormatError
+from lcx.pretrained.families import HF_ARCHITECTURES, check_architecture
+from lcx.pretrained.fields import Fields
+from lcx.pretrained.gguf_header import GGUFFile
+from lcx.pretrained.rope_settings import gguf_rope, hf_rope, model_values
 
 MAX_LAYERS = 1_024
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
-HF_ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Gemma3ForCausalLM": "gemma3",
-}
 GEMMA3_PERIOD = 6
 GEMMA3_WINDOW = 512
 GEMMA3_LOCAL_BASE = 10_000.0
 # llama.cpp tells Gemma 3 27B, whose scale is not head_dim ** -0.5, by its number of layers
 GEMMA3_27B_LAYERS = 62
+# what transformers takes where config.json lacks the key
+DEFAULT_WINDOW = {"MistralForCausalLM": 4_096, "Qwen2ForCausalLM": 4_096, "Qwen3ForCausalLM": 4_096}
+DEFAULT_FULL_LAYERS = 28  # max_window_layers of Qwen2 and Qwen3
 
 # models that a plan is made for without their weights; sizes of the published config.json files
 SHAPES = {
@@ -33,76 +31,10 @@ SHAPES = {
     for config in (
         ModelConfig("llama-7b", 32, 4_096, 32, 32, 128, 11_008, 32_000, 2_048, norm_eps=1e-6, tied=False),
         ModelConfig("llama2-7b", 32, 4_096, 32, 32, 128, 11_008, 32_000, 4_096, tied=False),
-        ModelConfig("llama3-8b", 32, 4_096, 32, 8, 128, 14_336, 128_256, 8_192, rope_base=5e5, tied=False),
-        ModelConfig("llama3-70b", 80, 8_192, 64, 8, 128, 28_672, 128_256, 8_192, rope_base=5e5, tied=False),
+        ModelConfig("llama3-8b", 32, 4_096, 32, 8, 128, 14_336, 128_256, 8_192, rope=Rope(base=5e5), tied=False),
+        ModelConfig("llama3-70b", 80, 8_192, 64, 8, 128, 28_672, 128_256, 8_192, rope=Rope(base=5e5), tied=False),
     )
 }
-
-
-class Fields:
-    """Typed reads from a mapping of untrusted values; every error names the file, the key and the value."""
-
-    def __init__(self, values: Mapping[str, object], path: str):
-        self.values, self.path = values, path
-
-    def fail(self, key: str, allowed: str) -> CheckpointFormatError:
-        # an array's repr has line breaks
-        value = " ".join(repr(self.values.get(key)).split())[:80]
-        got = f"{key}={value}" if key in self.values else f"{key} is missing"
-        return CheckpointFormatError(f"{self.path}: {got}; allowed is {allowed}")
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def integer(self, key: str, default: int | None = None, most: int = 1 << 31) -> int:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if type(value) is not int or not 1 <= value <= most:
-            raise self.fail(key, f"an integer from 1 to {most:,}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-            raise self.fail(key, "a number above 0")
-        return float(value)
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, str):
-            raise self.fail(key, "a text")
-        return value
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.fail(key, "true or false")
-        return value
-
-    def section(self, key: str) -> Fields:
-        """A nested mapping; empty where the key is absent or null."""
-        value = self.values.get(key)
-        if value is None:
-            value = {}
-        if not isinstance(value, dict):
-            raise self.fail(key, "a mapping")
-        return Fields({f"{key}.{name}": inner for name, inner in value.items()}, self.path)
-
-    def refuse(self, key: str, allowed: tuple[object, ...] = ()) -> None:
-        """Raises unless the key is absent, null or one of the allowed values."""
-        value = self.values.get(key)
-        # numpy arrays have no truth value, so `in` is for plain values only
-        if value is not None and not (isinstance(value, (bool, int, float, str)) and value in allowed):
-            raise self.fail(
-                key, " or ".join(repr(value) for value in allowed) or "no such key: lcx does not compute it"
-            )
 
 
 def _build(path: str, **values) -> ModelConfig:
@@ -112,35 +44,25 @@ def _build(path: str, **values) -> ModelConfig:
         raise CheckpointFormatError(f"{path}: {error}") from None
 
 
-def _architecture(arch: str, found: str, allowed, path: str) -> None:
-    if found not in allowed:
-        raise CheckpointFormatError(
-            f"{path}: {arch}={found[:80]!r}; allowed are {', '.join(allowed)}{nearest(found, allowed)}"
-        )
-
-
 def config_from_gguf(file: GGUFFile) -> ModelConfig:
-    """ModelConfig of a GGUF file of arch llama, qwen2, qwen3 or gemma3.
+    """ModelConfig of a GGUF file of arch llama, qwen2, qwen3, phi3 or gemma3.
 
     Raises:
       CheckpointFormatError: a key is missing, of the wrong type, or asks for what lcx does not compute.
     """
     f = Fields(file.fields, file.path)
     arch = f.text("general.architecture")
-    _architecture("general.architecture", arch, GGUF_ARCHITECTURES, file.path)
+    check_architecture("general.architecture", arch, file.path)
     num_layers = f.integer(f"{arch}.block_count", most=MAX_LAYERS)
     d_model = f.integer(f"{arch}.embedding_length")
     num_heads = f.integer(f"{arch}.attention.head_count")
-    derived = d_model // num_heads or None if arch in ("llama", "qwen2") else None
+    derived = d_model // num_heads or None if arch in ("llama", "qwen2", "phi3") else None
     head_dim = f.integer(f"{arch}.attention.key_length", derived)
+    context = f.integer(f"{arch}.context_length")
     f.refuse(f"{arch}.attention.value_length", (head_dim,))
-    f.refuse(f"{arch}.rope.dimension_count", (head_dim,))
-    f.refuse(f"{arch}.rope.scaling.type", ("none", "linear"))
     f.refuse(f"{arch}.expert_count", (0,))
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         f.refuse(f"{arch}.{key}", (0.0,))
-    linear = f.values.get(f"{arch}.rope.scaling.type") == "linear"
-    factor = f.number(f"{arch}.rope.scaling.factor", 1.0) if linear else f.number(f"{arch}.rope.scale_linear", 1.0)
     values = {
         "name": f.text("general.name", arch),
         "num_layers": num_layers,
@@ -150,24 +72,32 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         "head_dim": head_dim,
         "d_ff": f.integer(f"{arch}.feed_forward_length"),
         "vocab_size": _gguf_vocab_size(file, f, arch),
-        "context": f.integer(f"{arch}.context_length"),
-        "rope_base": f.number(f"{arch}.rope.freq_base", 10_000.0),
-        "rope_scale": factor,
-        "rope_divisors": _gguf_divisors(file, head_dim),
         "norm_eps": f.number(f"{arch}.attention.layer_norm_rms_epsilon"),
         "tied": "output.weight" not in file.tensors,
-        "qkv_bias": arch == "qwen2",
+        # a bias is there where its tensors are, as in llama.cpp
+        "qkv_bias": arch == "qwen2" or "blk.0.attn_q.bias" in file.tensors,
+        "o_bias": "blk.0.attn_output.bias" in file.tensors,
         "qk_norm": arch in ("qwen3", "gemma3"),
+        **model_values(gguf_rope(file, f, arch, head_dim, context), context),
     }
+    window = f"{arch}.attention.sliding_window"
     if arch == "gemma3":
         f.refuse(f"{arch}.attention.sliding_window_pattern", (GEMMA3_PERIOD,))
         f.refuse(f"{arch}.rope.freq_base_swa", (GEMMA3_LOCAL_BASE,))
-        values |= _gemma3(d_model, f.integer(f"{arch}.attention.sliding_window", GEMMA3_WINDOW))
+        values |= _gemma3(d_model, f.integer(window, GEMMA3_WINDOW))
         if num_layers == GEMMA3_27B_LAYERS:
             values["attention_scale"] = (d_model // num_heads) ** -0.5
-    else:
-        f.refuse(f"{arch}.attention.sliding_window", (0,))
+    elif not _unset(f, window) and f.integer(window) < context:
+        if arch != "phi3":
+            raise f.fail(window, f"none, or at least {arch}.context_length={context}")
+        # on every layer, as transformers has it; llama.cpp leaves it out
+        values["window"] = f.integer(window)
     return _build(file.path, **values)
+
+
+def _unset(f: Fields, key: str) -> bool:
+    value = f.values.get(key)
+    return value is None or (type(value) is int and value == 0)
 
 
 def _gemma3(d_model: int, window: int) -> dict[str, object]:
@@ -177,7 +107,7 @@ def _gemma3(d_model: int, window: int) -> dict[str, object]:
         "embed_scale": math.sqrt(d_model),
         "window": window,
         "global_every": GEMMA3_PERIOD,
-        "rope_base_local": GEMMA3_LOCAL_BASE,
+        "rope_local": Rope(base=GEMMA3_LOCAL_BASE),
     }
 
 
@@ -186,21 +116,6 @@ def _gguf_vocab_size(file: GGUFFile, f: Fields, arch: str) -> int:
     size = embedding.shape[0] if embedding else f.integer(f"{arch}.vocab_size")
     f.refuse(f"{arch}.vocab_size", (size,))
     return size
-
-
-def _gguf_divisors(file: GGUFFile, head_dim: int) -> tuple[float, ...] | None:
-    info = file.tensors.get("rope_freqs.weight")
-    if info is None:
-        return None
-    if info.shape != (head_dim // 2,) or info.type.name != "F32":
-        raise CheckpointFormatError(
-            f"{file.path}: tensor 'rope_freqs.weight' is {info.type.name} {info.shape}; "
-            f"allowed is F32 {(head_dim // 2,)}"
-        )
-    divisors = tuple(float(value) for value in file.values("rope_freqs.weight"))
-    if not all(0 < value < 1e30 for value in divisors):
-        raise CheckpointFormatError(f"{file.path}: tensor 'rope_freqs.weight' holds a divisor that is not above 0")
-    return divisors
 
 
 def config_from_hf(raw: Mapping[str, object], path: str) -> ModelConfig:
@@ -217,25 +132,24 @@ def config_from_hf(raw: Mapping[str, object], path: str) -> ModelConfig:
     names = raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise f.fail("architectures", f"one of {', '.join(HF_ARCHITECTURES)}")
-    _architecture("architectures", names[0], tuple(HF_ARCHITECTURES), path)
-    arch = HF_ARCHITECTURES[names[0]]
+    (arch,) = names
+    check_architecture("architectures", arch, path)
+    gemma3, phi3, qwen3 = (arch == name for name in ("Gemma3ForCausalLM", "Phi3ForCausalLM", "Qwen3ForCausalLM"))
     d_model, num_heads = f.integer("hidden_size"), f.integer("num_attention_heads")
     num_layers = f.integer("num_hidden_layers", most=MAX_LAYERS)
-    derived = d_model // num_heads or None if arch in ("llama", "qwen2") else None
+    derived = None if gemma3 or qwen3 else d_model // num_heads or None
     head_dim = f.integer("head_dim", derived)
     context = f.integer("max_position_embeddings")
-    activation = "gelu_pytorch_tanh" if arch == "gemma3" else "silu"
     for key in ("hidden_act", "hidden_activation"):
-        f.refuse(key, (activation,))
+        f.refuse(key, ("gelu_pytorch_tanh" if gemma3 else "silu",))
     for key in ("mlp_bias", "use_bidirectional_attention"):
         f.refuse(key, (False,))
-    f.refuse("attention_bias", (arch == "qwen2", False) if arch == "qwen2" else (False,))
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "quantization_config"):
         f.refuse(key)
-    for key in ("partial_rotary_factor", "pretraining_tp"):
-        f.refuse(key, (1, 1.0))
+    f.refuse("pretraining_tp", (1,))
+    biased = _attention_bias(f, arch)
     values = {
-        "name": f.text("_name_or_path", "") or names[0],
+        "name": f.text("_name_or_path", "") or arch,
         "num_layers": num_layers,
         "d_model": d_model,
         "num_heads": num_heads,
@@ -243,18 +157,26 @@ def config_from_hf(raw: Mapping[str, object], path: str) -> ModelConfig:
         "head_dim": head_dim,
         "d_ff": f.integer("intermediate_size"),
         "vocab_size": f.integer("vocab_size"),
-        "context": context,
         "norm_eps": f.number("rms_norm_eps"),
         # a value that equals the class's default may be missing from the file
-        "tied": f.boolean("tie_word_embeddings", arch == "gemma3"),
-        "qkv_bias": arch == "qwen2",
-        "qk_norm": arch in ("qwen3", "gemma3"),
+        "tied": f.boolean("tie_word_embeddings", gemma3),
+        "qkv_bias": biased or arch == "Qwen2ForCausalLM",
+        "o_bias": biased,
+        "qk_norm": gemma3 or qwen3,
     }
-    if arch == "gemma3":
+    if gemma3:
         values |= _gemma3(d_model, f.integer("sliding_window", GEMMA3_WINDOW)) | _hf_gemma3(f, num_layers)
     else:
-        _refuse_window(f, arch, context)
-    return _build(path, **(values | _hf_rope(f, head_dim, arch)))
+        values |= _hf_window(f, arch, num_layers, context)
+    return _build(path, **(values | _hf_rope(f, arch, head_dim, context)))
+
+
+def _attention_bias(f: Fields, arch: str) -> bool:
+    """True for biases on q, k, v and o.  Qwen2 has its own on q, k and v whatever the key says."""
+    if arch in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
+        return f.boolean("attention_bias", False)
+    f.refuse("attention_bias", (True, False) if arch == "Qwen2ForCausalLM" else (False,))
+    return False
 
 
 def _hf_gemma3(f: Fields, num_layers: int) -> dict[str, object]:
@@ -268,54 +190,64 @@ def _hf_gemma3(f: Fields, num_layers: int) -> dict[str, object]:
     return {"attention_scale": f.number("query_pre_attn_scalar") ** -0.5}
 
 
-def _refuse_window(f: Fields, arch: str, context: int) -> None:
-    # Qwen2 files carry a window that use_sliding_window=false turns off
-    used = f.has("sliding_window") if arch == "llama" else f.boolean("use_sliding_window", False)
-    if used and f.integer("sliding_window") < context:
-        raise f.fail("sliding_window", f"none, or at least max_position_embeddings={context}")
-    kinds = f.values.get("layer_types")
-    if kinds is not None and not used and (not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}):
+def _hf_window(f: Fields, arch: str, num_layers: int, context: int) -> dict[str, object]:
+    """`window` and `local_layers`.  A window that the context does not exceed is none."""
+    given = f.values.get("sliding_window", DEFAULT_WINDOW.get(arch))
+    if arch in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        kinds = _layer_types(f, num_layers)
+        used = f.boolean("use_sliding_window", False) and given is not None
+        if kinds is None:
+            full = f.values.get("max_window_layers", DEFAULT_FULL_LAYERS)
+            if type(full) is not int:
+                raise f.fail("max_window_layers", "an integer")
+            kinds = tuple(used and i >= full for i in range(num_layers))
+        if not any(kinds):
+            return {}
+        if not used:
+            raise f.fail("layer_types", "full_attention on every layer where use_sliding_window is not true")
+        window = f.integer("sliding_window", DEFAULT_WINDOW[arch])
+        if window >= context:
+            return {}
+        return {"window": window, "local_layers": None if all(kinds) else kinds}
+    if any(_layer_types(f, num_layers) or ()):
         raise f.fail("layer_types", "full_attention on every layer")
+    if given is None:
+        return {}
+    window = f.integer("sliding_window", DEFAULT_WINDOW.get(arch))
+    if window >= context:
+        return {}
+    if arch == "LlamaForCausalLM":
+        # transformers leaves it out there, which its author may not have known
+        raise f.fail("sliding_window", f"none, or at least max_position_embeddings={context}")
+    return {"window": window}
 
 
-def _hf_rope(f: Fields, head_dim: int, arch: str) -> dict[str, object]:
-    """RoPE settings from `rope_theta` + `rope_scaling` (older files) or `rope_parameters` (newer ones)."""
+def _layer_types(f: Fields, num_layers: int) -> tuple[bool, ...] | None:
+    """True for each layer that slides; None where the file has no list."""
+    kinds = f.values.get("layer_types")
+    if kinds is None:
+        return None
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in known for kind in kinds):
+        raise f.fail("layer_types", f"{num_layers} entries of {' and '.join(known)}")
+    return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def _hf_rope(f: Fields, arch: str, head_dim: int, context: int) -> dict[str, object]:
+    """RoPE from `rope_theta` + `rope_scaling` (older files) or `rope_parameters` (newer ones)."""
     key = "rope_parameters" if f.has("rope_parameters") else "rope_scaling"
     scaling = f.section(key)
-    values: dict[str, object] = {}
-    if arch == "gemma3":
-        local = scaling.section(f"{key}.sliding_attention")
-        if local.values:
-            local.refuse(f"{key}.sliding_attention.rope_type", ("default",))
-            values["rope_base_local"] = local.number(f"{key}.sliding_attention.rope_theta")
-            key = f"{key}.full_attention"
-            scaling = scaling.section(key)
-        else:
-            values["rope_base_local"] = f.number("rope_local_base_freq", GEMMA3_LOCAL_BASE)
-    default_base = 1_000_000.0 if arch == "gemma3" else 10_000.0
-    values["rope_base"] = scaling.number(f"{key}.rope_theta", f.number("rope_theta", default_base))
-    scaling.refuse(f"{key}.partial_rotary_factor", (1, 1.0))
-    kind_key = f"{key}.rope_type" if scaling.has(f"{key}.rope_type") else f"{key}.type"
-    kind = scaling.text(kind_key, "default")
-    if kind == "linear":
-        values["rope_scale"] = scaling.number(f"{key}.factor")
-    elif kind == "llama3":
-        values["rope_divisors"] = _llama3_divisors(scaling, key, head_dim, values["rope_base"])
-    elif kind != "default":
-        raise scaling.fail(kind_key, "'default', 'linear' or 'llama3'")
-    return values
-
-
-def _llama3_divisors(scaling: Fields, key: str, head_dim: int, base: float) -> tuple[float, ...]:
-    """Divisors of the inverse frequencies.  Source: Llama 3.1, as in `transformers.modeling_rope_utils`."""
-    factor, low, high = (scaling.number(f"{key}.{name}") for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    trained = scaling.integer(f"{key}.original_max_position_embeddings")
-    if not low < high:
-        raise scaling.fail(f"{key}.high_freq_factor", f"a number above low_freq_factor={low}")
-    divisors = []
-    for i in range(0, head_dim, 2):
-        wavelength = 2 * math.pi * base ** (i / head_dim)
-        # 0 where a wavelength does not fit into the trained context, 1 where it fits often, in between interpolated
-        smooth = min(max((trained / wavelength - low) / (high - low), 0.0), 1.0)
-        divisors.append(1 / ((1 - smooth) / factor + smooth))
-    return tuple(divisors)
+    if arch != "Gemma3ForCausalLM":
+        for kind in ("full_attention", "sliding_attention"):
+            scaling.refuse(f"{key}.{kind}")
+        settings = hf_rope(f, scaling, key, head_dim, context, 10_000.0, arch == "Phi3ForCausalLM")
+        return dict(model_values(settings, context))
+    local = scaling.section(f"{key}.sliding_attention")
+    found = Rope(base=f.number("rope_local_base_freq", GEMMA3_LOCAL_BASE))
+    if local.values:
+        local.refuse(f"{key}.sliding_attention.rope_type", ("default",))
+        found = Rope(base=local.number(f"{key}.sliding_attention.rope_theta"))
+        key = f"{key}.full_attention"
+        scaling = scaling.section(key)
+    settings = hf_rope(f, scaling, key, head_dim, context, 1_000_000.0)
+    return {**model_values(settings, context), "rope_local": found}

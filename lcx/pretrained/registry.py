@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lcx.errors import UserError, nearest
+from lcx.errors import nearest
 from lcx.model_config import ModelConfig
 from lcx.pretrained import cache
 from lcx.pretrained.checkpoints import load_gguf, load_hf, read_json
+from lcx.pretrained.errors import LoadError
+from lcx.pretrained.model_configs import config_from_hf
 from lcx.pretrained.tokenizer import Tokenizer
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -95,25 +97,33 @@ def load_arrays(name: str, dtype: str = "float32", accept_licence: bool = False)
       accept_licence: you have read the licence of a model that asks for it (Gemma) and agree.
 
     Raises:
-      UserError: an unknown name, a model that is not installed, a licence that was not accepted, or files that cannot
+      LoadError: an unknown name, a model that is not installed, a licence that was not accepted, or files that cannot
         be read (CheckpointFormatError, CheckpointMismatch).
     """
     if name in MODELS:
         return _load_file(_registered(name, accept_licence), dtype, name, MODELS[name].licence)
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        is_dir, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
+        raise LoadError(f"model={shown(name)}: {error.strerror if isinstance(error, OSError) else error}") from None
     # Path("") is the current folder
-    if name and path.is_dir():
+    if name and is_dir:
         return _load_folder(path, dtype, name)
-    if path.is_file():
+    if is_file:
         return _load_file(path, dtype, name, None)
     if path.suffix == ".gguf" or name.startswith(("/", ".", "~")):
-        raise UserError(f"model={name!r}: no such file or folder")
+        raise LoadError(f"model={shown(name)}: no such file or folder")
     if HUB_ID.fullmatch(name):
         return _load_folder(_download(name), dtype, name)
-    raise UserError(
-        f"model={name!r}; allowed are {', '.join(MODELS)}, a GGUF file, a folder, or a hub id org/name"
+    raise LoadError(
+        f"model={shown(name)}; allowed are {', '.join(MODELS)}, a GGUF file, a folder, or a hub id org/name"
         f"{nearest(name, MODELS)}"
     )
+
+
+def shown(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:40]}...{name[-37:]}")
 
 
 def is_installed(name: str) -> bool:
@@ -136,9 +146,9 @@ def _registered(name: str, accept_licence: bool) -> Path:
     """The one file of a registered model, checked against its sha256; parts are joined in the cache folder first."""
     model = MODELS[name]
     if model.terms and not accept_licence:
-        raise UserError(f"model={name!r} has terms of use: read {model.terms}, then pass accept_licence=True")
+        raise LoadError(f"model={shown(name)} has terms of use: read {model.terms}, then pass accept_licence=True")
     if not is_installed(name):
-        raise UserError(f"model={name!r} is not installed; run: {model.install}")
+        raise LoadError(f"model={shown(name)} is not installed; run: {model.install}")
     parts = [path for path in located(model) if path is not None]
     if len(parts) == 1:
         path, remedy = parts[0], f"install it again: {model.install}"
@@ -149,7 +159,7 @@ def _registered(name: str, accept_licence: bool) -> Path:
             _join(parts, path, name)
     found = _sha256(path)
     if found != model.sha256:
-        raise UserError(f"model={name!r}: {path} has sha256 {found}, not {model.sha256}; {remedy}")
+        raise LoadError(f"model={shown(name)}: {path} has sha256 {found}, not {model.sha256}; {remedy}")
     return path
 
 
@@ -159,8 +169,8 @@ def _join(parts: list[Path], target: Path, name: str) -> None:
             for part in parts:
                 out.write(part.read_bytes())
     except OSError as error:
-        raise UserError(
-            f"model={name!r}: {target} cannot be written: {error.strerror}; set LCX_CACHE to a folder"
+        raise LoadError(
+            f"model={shown(name)}: {target} cannot be written: {error.strerror}; set LCX_CACHE to a folder"
         ) from None
 
 
@@ -172,11 +182,11 @@ def _load_file(path: Path, dtype: str, name: str, licence: str | None) -> Checkp
 
 
 def _load_folder(path: Path, dtype: str, name: str) -> Checkpoint:
-    settings = path / "tokenizer_config.json"
+    # a family that lcx does not load is said before anything else of it
+    config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
+    beside = [path / f"{file}.json" for file in ("tokenizer_config", "config", "generation_config")]
     tokenizer = Tokenizer.from_json(
-        path / "tokenizer.json",
-        read_json(settings) if settings.exists() else None,
-        read_json(path / "config.json"),
+        path / "tokenizer.json", *(read_json(file) if file.exists() else None for file in beside)
     )
     config, arrays, sha256 = load_hf(path, dtype)
     return Checkpoint(config, arrays, tokenizer, name, str(path), sha256, "unknown")
@@ -187,15 +197,15 @@ def _download(name: str) -> Path:
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError:
-        raise UserError(
-            f"model={name!r} is a hub id, which needs huggingface_hub; run: pip install 'lcx[hub]'"
+        raise LoadError(
+            f"model={shown(name)} is a hub id, which needs huggingface_hub; run: pip install 'lcx[hub]'"
         ) from None
     try:
         # data only: no pickles, no code
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"model={name!r} cannot be downloaded: {reason[:200]}") from None
+        raise LoadError(f"model={shown(name)} cannot be downloaded: {reason[:200]}") from None
 
 
 def _sha256(path: Path) -> str:

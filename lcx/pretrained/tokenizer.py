@@ -10,20 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from lcx.errors import UserError
-from lcx.pretrained.gguf_header import CheckpointFormatError
+from lcx.pretrained.errors import CheckpointFormatError, LoadError
+from lcx.pretrained.tokenizer_backends import (
+    CONTROL,
+    UNUSED,
+    USER_DEFINED,
+    byte_level,
+    field,
+    id_field,
+    missing_bytes,
+    sentencepiece,
+)
 
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
-# as in the tokenizer.json of each family; smollm is a Sequence of two pre-tokenizers instead
-SPLIT_REGEX = {
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # the template as the model's files hold it; a file with another one gets no chat(), because lcx runs no templates
 SMOLLM2_TEMPLATE = (
@@ -34,12 +36,19 @@ SMOLLM2_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 ROLES = ("system", "user", "assistant")
+MAX_IDS = 1 << 24
 
 
 class Tokenizer:
     """Encodes, decodes and formats chats.  `bos_id`, `eos_id` are None where the model has none.
 
-    `add_bos` says that the model was trained with `bos_id` in front; `encode` never adds it, the caller does.
+    Attributes:
+      bos_id: the token that the model was trained with in front of a text, None where there is none.
+      eos_id: the first of `stop_ids`.
+      stop_ids: every token that ends a text, in the order of the files that name them.
+      add_bos: the model was trained with `bos_id` in front.  `encode` never adds it, `text_ids` does.
+      has_text: bool [vocab_size], False for ids that stand for no text.  A model's embedding may be padded with such ids, within the
+        vocabulary or beyond it: they are never proposed (`Pretrained.choose`), and decoding one is an error.
     """
 
     def __init__(
@@ -48,28 +57,51 @@ class Tokenizer:
         *,
         path: str,
         bos_id: int | None,
-        eos_id: int | None,
+        stop_ids: Sequence[int],
         add_bos: bool,
         template: str | None = None,
+        padding: Iterable[int] = (),
     ):
-        self.path, self.bos_id, self.eos_id, self.add_bos = path, bos_id, eos_id, add_bos
+        self.path, self.bos_id, self.add_bos = path, bos_id, add_bos
+        self.stop_ids = tuple(dict.fromkeys(stop_ids))
+        self.eos_id = self.stop_ids[0] if self.stop_ids else None
         self._backend, self._template = backend, template
         self._lock = threading.Lock()
         backend.no_padding()
         backend.no_truncation()
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(index for index, token in added.items() if token.special)
-        self._missing = _missing_bytes(backend)
+        self._missing = missing_bytes(backend)
+        known = np.fromiter(backend.get_vocab(with_added_tokens=True).values(), np.int64)
+        # ids may have gaps; a vocabulary of a stranger may have an id beyond any embedding
+        if known.size == 0 or known.max() >= MAX_IDS:
+            raise CheckpointFormatError(f"{path}: has no token, or an id of {MAX_IDS:,} or more")
+        if len(np.unique(known)) < known.size:
+            raise CheckpointFormatError(
+                f"{path}: two tokens have one id; its added tokens do not follow its vocabulary"
+            )
+        self.has_text = np.zeros(int(known.max()) + 1, bool)
+        self.has_text[known] = True
+        self.has_text[list(padding)] = False
         if add_bos and bos_id is None:
             raise CheckpointFormatError(f"{path}: asks for a bos token in front of a text but names none")
-        for name, index in (("bos_id", bos_id), ("eos_id", eos_id)):
+        for name, index in (("bos_id", bos_id), *(("eos_id", index) for index in self.stop_ids)):
             if index is not None and not 0 <= index < self.vocab_size:
                 raise CheckpointFormatError(f"{path}: {name}={index}, allowed are 0 to {self.vocab_size - 1}")
 
     @property
     def vocab_size(self) -> int:
-        """Ids that `decode` knows: 0 to vocab_size - 1.  A model's embedding may be padded beyond it."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """The largest id that `decode` knows, plus one.  A model's embedding may be padded beyond it."""
+        return len(self.has_text)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text as the model was trained to read it: bos in front where `add_bos`, then `encode(text)`."""
+        return [*self.front, *self.encode(text)]
+
+    @property
+    def front(self) -> list[int]:
+        """Ids in front of every text: bos, or none."""
+        return [self.bos_id] if self.add_bos and self.bos_id is not None else []
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids of a text, without a bos token in front.
@@ -87,14 +119,14 @@ class Tokenizer:
             raise UserError(f"text has the lone surrogate U+{ord(text[error.start]):04X} at {error.start:,}") from None
         if lost := present & self._missing:
             at = next(i for i, char in enumerate(text) if lost & set(char.encode("utf-8")))
-            raise UserError(f"text has U+{ord(text[at]):04X} at {at:,}, which the vocabulary of {self.path} lacks")
+            raise LoadError(f"text has U+{ord(text[at]):04X} at {at:,}, which the vocabulary of {self.path} lacks")
         # the switch belongs to the backend, not to the call
         with self._lock:
             self._backend.encode_special_tokens = not parse_special
             ids = self._backend.encode(text, add_special_tokens=False).ids
         if not parse_special and not self._special.isdisjoint(ids):
             found = self._backend.id_to_token(next(index for index in ids if index in self._special))
-            raise UserError(
+            raise LoadError(
                 f"text becomes the special token {found!r} of {self.path}; remove it, or pass parse_special=True"
             )
         return ids
@@ -103,12 +135,15 @@ class Tokenizer:
         """Text of token ids.  Bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-          UserError: an id is outside the vocabulary.
+          UserError: an id is outside the vocabulary, or one of the padding, which stands for no text.
         """
         ids = [int(index) for index in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = next(index for index in ids if not 0 <= index < self.vocab_size)
             raise UserError(f"token id {wrong}, allowed are 0 to {self.vocab_size - 1}")
+        if not self.has_text[ids].all():
+            wrong = next(index for index in ids if not self.has_text[index])
+            raise LoadError(f"token id {wrong} stands for no text: {self.path} pads its vocabulary with it")
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def stream(self, *, skip_special: bool = False) -> StreamDecoder:
@@ -125,7 +160,7 @@ class Tokenizer:
           UserError: the model's chat format is unknown to lcx, or a message is not of this form.
         """
         if self._template != SMOLLM2_TEMPLATE:
-            raise UserError(
+            raise LoadError(
                 f"chat format of {self.path} is unknown; allowed is SmolLM2's: format the text and use encode()"
             )
         if not messages:
@@ -156,7 +191,7 @@ class Tokenizer:
         Raises:
           CheckpointFormatError: a field is missing or does not fit, or a tokenizer that lcx was not checked against.
         """
-        tokens = _field(fields, "tokens", list, path)
+        tokens = field(fields, "tokens", list, path)
         kinds = fields.get("tokenizer.ggml.token_type")
         if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
             raise CheckpointFormatError(
@@ -164,11 +199,11 @@ class Tokenizer:
             )
         if repeated := len(tokens) - len(set(tokens)):
             raise CheckpointFormatError(f"{path}: tokenizer.ggml.tokens has {repeated:,} tokens twice")
-        model = _field(fields, "model", str, path)
+        model = field(fields, "model", str, path)
         if model == "gpt2":
-            backend = _byte_level(fields, tokens, path)
+            backend = byte_level(fields, tokens, path)
         elif model == "llama":
-            backend = _sentencepiece(fields, tokens, kinds, path)
+            backend = sentencepiece(fields, tokens, kinds, path)
         else:
             raise CheckpointFormatError(f"{path}: tokenizer.ggml.model={model[:80]!r}, allowed are 'gpt2' and 'llama'")
         control = [tokens[i] for i in np.flatnonzero(kinds == CONTROL)]
@@ -177,34 +212,46 @@ class Tokenizer:
             raise CheckpointFormatError(f"{path}: tokenizer.ggml.tokens has an empty special token")
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
         backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
-        add_bos = fields.get(
-            "tokenizer.ggml.add_bos_token", model == "llama" or fields.get("tokenizer.ggml.pre") == "llama-bpe"
-        )
+        # as in llama.cpp: SentencePiece models and Llama 3's have a bos in front unless the file says otherwise
+        add_bos = fields.get("tokenizer.ggml.add_bos_token")
+        if add_bos is None:
+            add_bos = model == "llama" or fields.get("tokenizer.ggml.pre") == "llama-bpe"
+        elif not isinstance(add_bos, (bool, int)):
+            raise CheckpointFormatError(f"{path}: tokenizer.ggml.add_bos_token must be true or false")
+        stops = [id_field(fields, f"{name}_token_id", path) for name in ("eos", "eot", "eom")]
         template = fields.get("tokenizer.chat_template")
+        # converters name the rows of a padded embedding so
+        padding = [int(i) for i in np.flatnonzero(kinds == UNUSED) if tokens[i] == f"[PAD{i}]"]
         return cls(
             backend,
             path=path,
-            bos_id=_id(fields, "bos_token_id", path),
-            eos_id=_id(fields, "eos_token_id", path),
-            add_bos=bool(add_bos) if isinstance(add_bos, (bool, int)) else False,
+            bos_id=id_field(fields, "bos_token_id", path),
+            stop_ids=[index for index in stops if index is not None],
+            add_bos=bool(add_bos),
             template=template if isinstance(template, str) else None,
+            padding=padding,
         )
 
     @classmethod
     def from_json(
-        cls, path: str | Path, settings: Mapping[str, object] | None = None, model: Mapping[str, object] | None = None
+        cls,
+        path: str | Path,
+        settings: Mapping[str, object] | None = None,
+        model: Mapping[str, object] | None = None,
+        generation: Mapping[str, object] | None = None,
     ) -> Tokenizer:
         """The tokenizer of a tokenizer.json file.
 
         Args:
           path: tokenizer.json.
           settings: the parsed tokenizer_config.json beside it: bos_token, eos_token, add_bos_token, chat_template.
-          model: the parsed config.json, whose bos_token_id and eos_token_id stand in for absent settings.
+          model: the parsed config.json, whose bos_token_id stands in for an absent setting.
+          generation: the parsed generation_config.json.  `eos_token_id` of it and of `model`, one or several, end a text as well.
 
         Raises:
           CheckpointFormatError: the file cannot be read, or a setting names a token that is not in it.
         """
-        settings, model, path = settings or {}, model or {}, Path(path)
+        settings, model, generation, path = settings or {}, model or {}, generation or {}, Path(path)
         try:
             source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -213,30 +260,62 @@ class Tokenizer:
             backend = Backend.from_str(source)
         except Exception as error:  # the library raises Exception itself, nothing narrower
             raise CheckpointFormatError(f"{path}: {str(error).splitlines()[0][:200]}") from None
-        ids = {}
-        for name in ("bos", "eos"):
-            token = settings.get(f"{name}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            found = model.get(f"{name}_token_id")
-            found = found[0] if isinstance(found, list) and found else found
-            if token is not None:
-                found = backend.token_to_id(token) if isinstance(token, str) else None
-                if found is None:
-                    raise CheckpointFormatError(f"{path}: {name}_token={str(token)[:80]!r} is not in its vocabulary")
-            ids[name] = found if type(found) is int else None
+        backend.no_padding()
+        backend.no_truncation()
+        bos = _named(backend, settings, "bos_token", path)
+        bos = [bos] if bos is not None else _ids(model, "bos_token_id", path)[:1]
+        eos = _named(backend, settings, "eos_token", path)
+        stops = [] if eos is None else [eos]
+        stops += _ids(model, "eos_token_id", path) + _ids(generation, "eos_token_id", path)
         add_bos = settings.get("add_bos_token")
         if not isinstance(add_bos, bool):
             # then what the file's own post-processor puts in front of a text says it
-            add_bos = ids["bos"] is not None and backend.encode("a").ids[:1] == [ids["bos"]]
+            front = _front(backend, bos, path)
+            add_bos, bos = bool(front), front or bos
         template = settings.get("chat_template")
         return cls(
             backend,
             path=str(path),
-            bos_id=ids["bos"],
-            eos_id=ids["eos"],
+            bos_id=bos[0] if bos else None,
+            stop_ids=stops,
             add_bos=add_bos,
             template=template if isinstance(template, str) else None,
         )
+
+
+def _named(backend: Backend, settings: Mapping[str, object], name: str, path: Path) -> int | None:
+    """The id of a token that tokenizer_config.json names, as a text or as {"content": text}."""
+    token = settings.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None:
+        return None
+    # JSON may hold half of a surrogate pair, which is in no vocabulary
+    sound = isinstance(token, str) and not any("\ud800" <= char <= "\udfff" for char in token)
+    index = backend.token_to_id(token) if sound else None
+    if index is None:
+        raise CheckpointFormatError(f"{path}: {name}={str(token)[:80]!r} is not in its vocabulary")
+    return index
+
+
+def _ids(values: Mapping[str, object], name: str, path: Path) -> list[int]:
+    """The ids under a key that holds one, a list of them, or null."""
+    value = values.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(index) is int for index in ids):
+        raise CheckpointFormatError(f"{path}: {name}={str(value)[:80]} beside it; allowed is an id or a list of ids")
+    return ids
+
+
+def _front(backend: Backend, bos: list[int], path: Path) -> list[int]:
+    """Ids that the file's post-processor puts in front of a text; one at most.  An eos behind a text is left out: texts go on."""
+    plain, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    if not plain:
+        # a vocabulary without that letter: nothing tells what is in front from what is behind
+        return bos if whole[:1] == bos else []
+    count = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    if count > 1:
+        raise CheckpointFormatError(f"{path}: puts {count} tokens in front of a text; allowed is one, bos")
+    return whole[:count]
 
 
 class StreamDecoder:
@@ -268,97 +347,3 @@ class StreamDecoder:
             return ""
         self._context, self._pending = self._pending, []
         return text[len(before) :]
-
-
-def _field(fields: Mapping[str, object], name: str, kind: type, path: str):
-    value = fields.get(f"tokenizer.ggml.{name}")
-    if not isinstance(value, kind):
-        found = "is missing" if value is None else f"is a {type(value).__name__}"
-        raise CheckpointFormatError(f"{path}: tokenizer.ggml.{name} {found}, allowed is a {kind.__name__}")
-    return value
-
-
-def _id(fields: Mapping[str, object], name: str, path: str) -> int | None:
-    return None if fields.get(f"tokenizer.ggml.{name}") is None else _field(fields, name, int, path)
-
-
-def _byte_level(fields: Mapping[str, object], tokens: list[str], path: str) -> Backend:
-    """GPT-2's kind: bytes as printable characters, merges in the file."""
-    pre = _field(fields, "pre", str, path)
-    merges = [tuple(merge.split(" ", 1)) for merge in _field(fields, "merges", list, path)]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    if pre != "smollm" and pre not in SPLIT_REGEX:
-        allowed = ", ".join(repr(name) for name in ("smollm", *SPLIT_REGEX))
-        raise CheckpointFormatError(f"{path}: tokenizer.ggml.pre={pre[:80]!r}, allowed are {allowed}")
-    try:
-        # Llama 3 looks a whole word up before it merges
-        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
-    except Exception as error:  # the library raises Exception itself, nothing narrower
-        raise CheckpointFormatError(
-            f"{path}: tokenizer.ggml.merges do not fit the tokens: {str(error)[:120]!r}"
-        ) from None
-    backend = Backend(model)
-    if pre == "smollm":
-        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    else:
-        split = pre_tokenizers.Split(Regex(SPLIT_REGEX[pre]), behavior="isolated")
-        steps = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    backend.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
-        # the model's own tokenizer.json has it: text in another form than NFC comes back in NFC
-        backend.normalizer = normalizers.NFC()
-    return backend
-
-
-def _sentencepiece(fields: Mapping[str, object], tokens: list[str], kinds: np.ndarray, path: str) -> Backend:
-    """Gemma's kind: scores instead of merges, byte fallback.  Checked against Gemma 3 only."""
-    if fields.get("tokenizer.ggml.add_space_prefix") is not False:
-        # Llama 2 and Mistral 7B v0.1 put a space in front; no file was at hand to check that against
-        raise CheckpointFormatError(
-            f"{path}: tokenizer.ggml.add_space_prefix must be false; use a folder with tokenizer.json"
-        )
-    scores = fields.get("tokenizer.ggml.scores")
-    if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
-        raise CheckpointFormatError(f"{path}: tokenizer.ggml.scores must have {len(tokens):,} entries, one a token")
-    vocab = {token: index for index, token in enumerate(tokens)}
-    if "<unk>" not in vocab:
-        raise CheckpointFormatError(f"{path}: tokenizer.ggml.tokens has no '<unk>'")
-    model = models.BPE(
-        vocab=vocab,
-        merges=_merges_from_scores(tokens, kinds, scores, vocab, path),
-        unk_token="<unk>",  # noqa: S106, a token of text
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    backend = Backend(model)
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return backend
-
-
-def _merges_from_scores(tokens, kinds, scores, vocab, path) -> list[tuple[str, str]]:
-    """Every split of a normal token into two tokens, best score first."""
-    ranked: list[tuple[float, list[tuple[str, str]]]] = []
-    for index in np.flatnonzero(kinds == NORMAL):
-        token = tokens[index]
-        # a token has at most a few dozen characters; a hostile one would make the splits quadratic
-        if len(token) > 1_024:
-            raise CheckpointFormatError(f"{path}: token {index} has {len(token):,} characters, allowed are 1,024")
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = [pair for pair in splits if pair[0] in vocab and pair[1] in vocab]
-        known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        ranked.append((-float(scores[index]), known))
-    ranked.sort(key=lambda entry: entry[0])
-    return [pair for _, known in ranked for pair in known]
-
-
-def _missing_bytes(backend: Backend) -> frozenset[int]:
-    """Bytes that a byte-level BPE drops because it has no token for them."""
-    if not isinstance(backend.decoder, decoders.ByteLevel) or not isinstance(backend.model, models.BPE):
-        return frozenset()
-    # GPT-2's table: printable bytes stand for themselves, the others for characters from U+0100 on, in order
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in printable)
-    symbols = {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
-    return frozenset(byte for byte, symbol in symbols.items() if backend.token_to_id(symbol) is None)

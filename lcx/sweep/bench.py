@@ -66,11 +66,15 @@ class Bench:
             return {"status": "oom" if any(word in text for word in OUT_OF_MEMORY) else "error", "message": short}
 
     def passages(self, point: Point) -> np.ndarray:
-        """int32 [B, text_tokens]: passages of the text, one a batch row; seed 0 begins with the text's start."""
+        """int32 [B, text_tokens]: passages of the text, one a batch row, bos in front of each where the tokenizer puts it there.
+
+        Seed 0 begins with the text's start.
+        """
         name = point.settings.text
         if name not in self._ids:
             self._ids[name] = np.asarray(self.model.tokenizer.encode(texts.read(name)), np.int32)
-        ids, length = self._ids[name], point.text_tokens
+        front = self.model.tokenizer.front
+        ids, length = self._ids[name], point.text_tokens - len(front)
         room = len(ids) - length
         if room < 0:
             raise UserError(f"lengths: text {name!r} has {len(ids)} tokens, {length} are needed")
@@ -78,7 +82,7 @@ class Bench:
             starts = np.linspace(0, room, point.batch).astype(int)
         else:
             starts = np.random.default_rng(point.seed).integers(0, room + 1, point.batch)
-        return np.stack([ids[s : s + length] for s in starts])
+        return np.stack([np.concatenate([np.asarray(front, np.int32), ids[s : s + length]]) for s in starts])
 
     def measure(self, point: Point, reference: Point | None = None) -> Row:
         """As `row`; raises what goes wrong."""

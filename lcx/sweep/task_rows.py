@@ -9,7 +9,7 @@ import numpy as np
 from lcx import tasks, texts
 from lcx.errors import UserError
 from lcx.measure.task_scores import encoder, long_perplexity, mean_scores, run_samples, sliding_perplexity
-from lcx.models.loading import Pretrained, starts_with_bos
+from lcx.models.loading import Pretrained
 from lcx.sweep.points import Point
 
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent, of the needle grid
@@ -63,7 +63,7 @@ def _passkey(model: Pretrained, point: Point) -> float:
 
 
 def _ids(model: Pretrained, point: Point, count: int) -> np.ndarray:
-    ids = starts_with_bos(model.tokenizer, model.tokenizer.encode(texts.read(point.settings.text)))
+    ids = model.tokenizer.text_ids(texts.read(point.settings.text))
     return np.asarray(ids[:count], np.int32)
 
 

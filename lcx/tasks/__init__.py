@@ -1,7 +1,7 @@
 """Synthetic long-context tasks, made offline for any tokenizer; nothing here imports JAX or needs a model.
 
     from lcx import tasks
-    samples = tasks.generate("niah_single_2", tokenizer.encode, budget=1_024, num_samples=5)
+    samples = tasks.generate("niah_single_2", tokenizer.text_ids, budget=1_024, num_samples=5)
     tasks.score(samples[0], output)
 
 RULER's 13 tasks, the needle grid, passkey and key-value retrieval, and the arithmetic of windowed perplexity and LongPPL.

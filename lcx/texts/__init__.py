@@ -59,4 +59,31 @@ def read(name: str) -> str:
     found = hashlib.sha256(raw).hexdigest()
     if found != TEXTS[name].sha256:
         raise UserError(f"text={name!r}: {file} has sha256 {found}, not {TEXTS[name].sha256}; install lcx again")
-    return raw.decode("utf-8")
+    return decode(raw)
+
+
+def read_file(path: str | Path, flag: str = "text_file") -> str:
+    """A UTF-8 text of a user's, as `decode` gives it.
+
+    Args:
+      path: of the file.
+      flag: what errors call it.
+
+    Raises:
+      UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return decode(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{flag}={str(path)!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}={str(path)!r} is not UTF-8 at byte {error.start:,}") from None
+
+
+def decode(raw: bytes) -> str:
+    """The text of a file: UTF-8 without its byte order mark, lines ending in a line feed.
+
+    A mark in front is of the file, not of the text, and so are line ends: "\\r\\n" and "\\r" become "\\n", as `open` in text mode does it.
+    A text therefore has the same tokens on every system.  U+FEFF further on stays.
+    """
+    return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
