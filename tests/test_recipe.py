@@ -159,13 +159,14 @@ REFUSED = {
     # new: a page that is handed down whole, what TOVA reads, and a second chain for all heads
     "minference, tova": (lambda: one(TOVA(), pattern=MInference()), f"TOVA needs {ATTENTION}", "MInference"),
     "pages of another size": (
-        lambda: Recipe(((Segment("tail", policy=Flush(24, 8)), Segment("rest", codec=Kivi())),)),
+        lambda: Recipe(((Segment("tail", policy=Flush(48, 64)), Segment("rest", codec=Kivi())),)),
         "Kivi encodes pages of 32 tokens",
         "hands down whole pages",
     ),
-    "pages after a window": (
-        lambda: Recipe(((Segment("tail"), Segment("rest", codec=Kivi())),)),
+    "smaller pages": (
+        lambda: Recipe(((Segment("tail", policy=Flush(4)), Segment("rest", codec=Kivi())),)),
         "Kivi encodes pages of 32 tokens",
+        "hands down whole pages",
     ),
     "two chains of all": (
         lambda: Recipe((Segment("a"), Segment("b"))),
