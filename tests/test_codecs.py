@@ -17,25 +17,25 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from naive_model import Held as Memory
 from naive_model import NaiveModel
-from test_model import ATOL, LLAMA, text, weights_of
+from tiny import ATOL, TINY, layers, poison, text, weights
 
 from lcx.axes import Exact, KeepAll
-from lcx.cache import Edit, Held, Store, Tokens
+from lcx.cache import Edit, Held, Size, Store, Tokens
 from lcx.codecs.exact import Cast
 from lcx.codecs.int_token import Int
 from lcx.codecs.kivi import Kivi, chain
 from lcx.codecs.packing import pack, unpack
 from lcx.errors import UserError
 from lcx.layer import held_source
-from lcx.models.decoder import Layers, Model
-from lcx.ops.attention import attend
+from lcx.ops.attention import EMPTY, attend
 from lcx.policies.flush import Flush
 from lcx.policies.snapkv import SnapKV
 from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked
 from lcx.session import Session
+from lcx.storage import Shape
 
-EMPTY = -1
+CONFIG = replace(TINY, num_layers=2)
 TOP16 = 65_504.0  # float16's largest
 B, R, N, D = 2, 3, 24, 16
 
@@ -144,12 +144,14 @@ def head_values(codec, payload):
 @cache
 def program(codec):
     """(encode, decode) as layers run them: compiled."""
-    return jax.jit(codec.encode), jax.jit(codec.decode)
+    encode = lambda tokens: codec.encode(None, tokens, None)
+    return jax.jit(encode), jax.jit(lambda payload: codec.decode(None, payload, None))
 
 
 def encode(codec, k, v, valid=None):
     valid = np.ones((len(k), 1, k.shape[2]), bool) if valid is None else valid
-    return jax.tree.map(np.asarray, program(codec)[0](*(jnp.asarray(x, jnp.float32) for x in (k, v)), valid))
+    pos = np.where(valid, np.arange(k.shape[2]), EMPTY).astype(np.int32)
+    return jax.tree.map(np.asarray, program(codec)[0](Tokens(*(jnp.asarray(x, jnp.float32) for x in (k, v)), pos)))
 
 
 def decode(codec, payload):
@@ -357,11 +359,11 @@ def test_error_on_normal_numbers_is_the_known_one(codec, known):
     ids=str,
 )
 def test_payload_has_the_documented_bits_a_value(codec, bits):
-    slots = Store(codec, 128, jnp.float32).empty(2, 3, 1, 256, {})
+    slots = Store(codec, Size(3, 128, jnp.float32)).empty(2, 1, 256, {})
     assert sum(a.nbytes for a in slots.payload.values()) * 8 == bits * 2 * 2 * 3 * 256 * 128
     # and encoding gives these shapes and types
     k = jnp.zeros((2, 3, 256, 128))
-    made = jax.eval_shape(codec.encode, k, k, jnp.ones((2, 1, 256), bool))
+    made = jax.eval_shape(program(codec)[0], Tokens(k, k, jnp.zeros((2, 1, 256), jnp.int32)))
     assert {n: (a.shape, a.dtype) for n, a in made.items() if not isinstance(codec, Exact)} == {
         n: (a.shape, a.dtype) for n, a in slots.payload.items() if not isinstance(codec, Exact)
     }
@@ -417,9 +419,9 @@ def test_cast_saturates(name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_exact_stores_what_it_is_given(dtype):
     k, v = (jnp.asarray(x, dtype) for x in np.random.default_rng(0).normal(size=(2, B, R, N, D)))
-    payload = Exact().encode(k, v, None)
+    payload = Exact().encode(None, Tokens(k, v, None), None)
     assert payload["k"].dtype == payload["v"].dtype == dtype and payload["k"].shape == (B, R, D, N)
-    k_read, v_read = Exact().decode(payload)
+    k_read, v_read = Exact().decode(None, payload, None)
     np.testing.assert_array_equal(k_read.swapaxes(2, 3), k)
     np.testing.assert_array_equal(v_read, v)
 
@@ -427,25 +429,18 @@ def test_exact_stores_what_it_is_given(dtype):
 # ---- in a model
 
 
-@cache
-def layers_of():
-    config = replace(LLAMA, num_layers=2)
-    weights = weights_of(config)
-    return config, weights, Layers.of(Model(config, weights))
-
-
 class Stored(NaiveModel):
     """The numpy decoder with the memory of an lcx session, decoded here."""
 
     def load(self, session, row=0):
         self.slack = [[None] * self.config.num_kv_heads for _ in self.held]
-        for layer, segments in enumerate(session.cache):
+        for layer, held in enumerate(session.cache):
             for parts in session.recipe.chains:
                 heads = range(self.config.num_kv_heads)
                 if parts[0].heads != "all":
                     heads = np.asarray(session.aux[layer]["heads"][parts[0].heads])
                 for i, head in enumerate(heads):
-                    found = [read_head(s.codec, segments[s.name], row, i) for s in parts]
+                    found = [read_head(s.codec, held[s.name], row, i) for s in parts]
                     pos, k, v, k_slack, v_slack = (np.concatenate(x) for x in zip(*found, strict=True))
                     self.held[layer][head] = Memory(pos, 0 * k, k, v, np.zeros(len(pos)))
                     self.slack[layer][head] = k_slack, v_slack
@@ -489,10 +484,9 @@ PROMPT, NEW = 22, 17
 @pytest.mark.parametrize("name", RECIPES)
 def test_attention_over_the_stored_cache_equals_an_oracle_that_decodes_it(name):
     """A prompt in two chunks, of which the second reads what was stored, then token by token."""
-    config, weights, layers = layers_of()
     tokens = text(PROMPT + NEW, 1)
-    session = Session(layers, RECIPES[name], PROMPT, NEW)
-    naive = Stored(config, weights)
+    session = Session(layers(CONFIG), RECIPES[name], PROMPT, NEW)
+    naive = Stored(CONFIG, weights(CONFIG))
     want = naive.step(tokens[:11])
     np.testing.assert_allclose(session.prefill(tokens[:11])[0], naive.logits(want[-1:])[0], atol=ATOL)
     assert_holds(session, naive)
@@ -502,24 +496,22 @@ def test_attention_over_the_stored_cache_equals_an_oracle_that_decodes_it(name):
         np.testing.assert_allclose(session.step(tokens[at : at + length])[0], want, atol=ATOL)
         assert_holds(session, naive)
         at += length
-    assert session.cache_bytes == RECIPES[name].bytes(config, PROMPT, NEW)
+    assert session.cache_bytes == RECIPES[name].bytes(CONFIG, PROMPT, NEW)
 
 
 @pytest.mark.parametrize("name", ["int4", "kivi2"])
 def test_chunked_prefill_is_the_same_as_feeding_the_chunks(name):
-    _, _, layers = layers_of()
     tokens = text(PROMPT, 2)
-    chunked = Session(layers, RECIPES[name], PROMPT, NEW, schedule=Chunked(11))
-    fed = Session(layers, RECIPES[name], PROMPT, NEW)
+    chunked = Session(layers(CONFIG), RECIPES[name], PROMPT, NEW, schedule=Chunked(11))
+    fed = Session(layers(CONFIG), RECIPES[name], PROMPT, NEW)
     fed.prefill(tokens[:11])
     np.testing.assert_array_equal(chunked.prefill(tokens), fed.step(tokens[11:]))
     jax.tree.map(np.testing.assert_array_equal, chunked.cache, fed.cache)
 
 
 def test_kivi_is_exact_until_the_first_page_falls():
-    config, weights, layers = layers_of()
     tokens = text(31, 8)
-    session, naive = Session(layers, RECIPES["kivi2"], PROMPT, NEW), NaiveModel(config, weights)
+    session, naive = Session(layers(CONFIG), RECIPES["kivi2"], PROMPT, NEW), NaiveModel(CONFIG, weights(CONFIG))
     session.prefill(tokens[:11])
     naive.step(tokens[:11])
     for part in (tokens[11:22], *([token] for token in tokens[22:])):
@@ -528,14 +520,13 @@ def test_kivi_is_exact_until_the_first_page_falls():
 
 def test_split_heads_and_batch_mates_of_other_lengths():
     """KIVI on one KV head, int8 on the other; each text against the oracle that reads its row, pages falling at different steps."""
-    config, weights, layers = layers_of()
     recipe = Recipe((chain(2, 8, 8, heads="long"), Segment("rest", heads="rest", codec=Int(8))))
     aux = [{"heads": {"long": np.array([i]), "rest": np.array([1 - i])}} for i in (1, 0)]
     tokens = np.stack([text(PROMPT + NEW, seed) for seed in (3, 4)])
     lengths = [9, PROMPT]
-    session = Session(layers, recipe, PROMPT, NEW, aux=aux, batch=2)
+    session = Session(layers(CONFIG), recipe, PROMPT, NEW, aux=aux, batch=2)
     got = session.prefill(tokens[:, :PROMPT], lengths)
-    rows = [Stored(config, weights) for _ in lengths]
+    rows = [Stored(CONFIG, weights(CONFIG)) for _ in lengths]
     for b, (naive, length) in enumerate(zip(rows, lengths, strict=True)):
         np.testing.assert_allclose(got[b], naive.logits(naive.step(tokens[b, :length])[-1:])[0], atol=ATOL)
         assert_holds(session, naive, b)
@@ -548,15 +539,14 @@ def test_split_heads_and_batch_mates_of_other_lengths():
 
 
 def test_prompt_compression_may_feed_kivi():
-    config, weights, layers = layers_of()
     recipe = Recipe((chain(2, 8, 8, compress=SnapKV(budget=22, window=4)),))
     tokens = text(46, 6)
-    session = Session(layers, recipe, 40, 6)
-    naive = Stored(config, weights)
+    session = Session(layers(CONFIG), recipe, 40, 6)
+    naive = Stored(CONFIG, weights(CONFIG))
     naive.step(tokens[:40])
     session.prefill(tokens[:40])
     for token in tokens[40:]:
-        found = Stored(config, weights)
+        found = Stored(CONFIG, weights(CONFIG))
         found.load(session)
         kept = [
             [np.isin(h.pos, g.pos) for h, g in zip(*both, strict=True)]
@@ -568,31 +558,14 @@ def test_prompt_compression_may_feed_kivi():
         np.testing.assert_allclose(expected(session, naive, [token]), session.step([token])[0], atol=ATOL)
 
 
-def poison(slots, codec, head_dim):
-    """The slots with nan, and codes at random, wherever no token is."""
-    empty = np.asarray(slots.pos) == EMPTY
-    payload = {}
-    for name, leaf in codec.leaves(head_dim, jnp.float32).items():
-        array = np.array(slots.payload[name])
-        hidden = np.broadcast_to(empty, (*array.shape[:2], empty.shape[2]))
-        hidden = hidden.reshape(*hidden.shape[:2], -1, leaf.per).all(-1)
-        garbage = 7 if array.dtype.kind in "iu" else np.nan
-        np.moveaxis(array, leaf.axis, 2)[hidden] = garbage
-        payload[name] = jnp.asarray(array)
-    return replace(slots, payload=payload)
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_garbage_where_no_token_is_does_not_matter(name):
-    config, _, layers = layers_of()
     tokens = text(PROMPT + 8, 7)
-    clean, dirty = (Session(layers, RECIPES[name], PROMPT, NEW) for _ in range(2))
+    clean, dirty = (Session(layers(CONFIG), RECIPES[name], PROMPT, NEW) for _ in range(2))
     for session in (clean, dirty):
         session.prefill(tokens[:11])
         session.step(tokens[11:22])
-    for segments in dirty.cache:
-        for s in RECIPES[name].chains[0]:
-            segments[s.name] = poison(segments[s.name], s.codec, config.head_dim)
+    poison(dirty)
     for token in tokens[22:]:
         # a hidden nan makes attention sum once more without it, in another order
         np.testing.assert_allclose(clean.step([token]), dirty.step([token]), atol=2e-5)
@@ -601,8 +574,10 @@ def test_garbage_where_no_token_is_does_not_matter(name):
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_cast_to_the_models_own_type_is_exact(name):
     k, v = (jnp.asarray(x, name) for x in np.random.default_rng(0).normal(size=(2, B, R, N, D)))
-    jax.tree.map(np.testing.assert_array_equal, Cast(name).encode(k, v, None), Exact().encode(k, v, None))
-    assert Cast(name).leaves(D, jnp.dtype(name)) == Exact().leaves(D, jnp.dtype(name))
+    cast, exact = (codec.encode(None, Tokens(k, v, None), None) for codec in (Cast(name), Exact()))
+    jax.tree.map(np.testing.assert_array_equal, cast, exact)
+    size = Size(R, D, jnp.dtype(name))
+    assert Cast(name).leaves(size) == Exact().leaves(size)
 
 
 # ---- the chain
@@ -628,7 +603,7 @@ MOST = 64  # tokens of a text
 def write_program(name):
     """Two texts, three heads: new tokens enter the first segment, what it hands down enters the second."""
     tail, pages = CHAINS[name]
-    stores = [Store(s.codec, 8, jnp.float32) for s in (tail, pages)]
+    stores = [Store(s.codec, Size(3, 8, jnp.float32)) for s in (tail, pages)]
     slots = tail.policy.capacity(MOST, 1), pages.policy.capacity(tail.policy.handed(MOST), pages.codec.page)
 
     @jax.jit
@@ -640,7 +615,7 @@ def write_program(name):
             page_slots = stores[1].commit(page_slots, edit)
         return tail_slots, page_slots
 
-    return write, [store.empty(2, 3, 1, n, {}) for store, n in zip(stores, slots, strict=True)]
+    return write, [store.empty(2, 1, n, {}) for store, n in zip(stores, slots, strict=True)]
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -688,9 +663,8 @@ def test_tail_hands_down_its_oldest_whole_pages_and_loses_nothing(name, widths, 
 
 @pytest.mark.parametrize("residual", [32, 128])
 def test_capacities_of_a_chain_are_what_its_tokens_need(residual):
-    config, _, _ = layers_of()
     for tokens in (1, 31, 32, residual, 2 * residual - 1, 2 * residual, 2 * residual + 1, 1_000):
-        sizes = Recipe((chain(2, 32, residual),)).capacities("decode", tokens, 0)
+        sizes = Recipe((chain(2, 32, residual),)).capacities("decode", 0, Shape(CONFIG, tokens))
         tail, gone = flushed(0, tokens, residual, residual)
         assert sizes["pages"] == gone and min(2 * residual - 1, tokens) <= sizes["tail"] <= 2 * residual
     assert Flush(page=4, keep=3).handed(6) == 0 and Flush(page=4, keep=3).handed(7) == 4
@@ -702,7 +676,7 @@ def test_capacities_of_a_chain_are_what_its_tokens_need(residual):
 def test_tiles_that_overlap_read_the_right_scales(codec, queries):
     """More slots than one tile of attention, and not a multiple of it."""
     slots, used, D = 17 * 32, 16 * 32, 32
-    store = Store(codec, D, jnp.float32)
+    store = Store(codec, Size(1, D, jnp.float32))
     rng = np.random.default_rng(0)
     k, v = jnp.asarray(rng.normal(size=(2, 1, 1, slots, D)) * np.exp(rng.normal(size=(slots, 1))), jnp.float32)
     pos = np.where(np.arange(slots) < used, np.arange(slots), EMPTY)[None, None].astype(np.int32)
@@ -710,7 +684,7 @@ def test_tiles_that_overlap_read_the_right_scales(codec, queries):
 
     @jax.jit
     def run(q, k, v, pos):
-        empty = store.empty(1, 1, 1, slots, {})
+        empty = store.empty(1, 1, slots, {})
         held = store.commit(empty, Edit(jnp.arange(slots)[None, None], Tokens(k, v, pos)))
         q_pos = used + jnp.arange(queries)[None]
         return attend(q, held_source(store, held), q_pos, scale=0.2), held
@@ -742,12 +716,14 @@ def test_tiles_that_overlap_read_the_right_scales(codec, queries):
         (lambda: chain(2, 32, 0), "residual=0 is not a positive multiple of group_size=32; use 32"),
         (lambda: Flush(page=0), "page=0 must be an integer of at least 1"),
         (lambda: Flush(page=4, keep=-1), "keep=-1 must be an integer of at least 0"),
-        (lambda: Int(4, group_size=32).check(80), "head_dim=80 is not a multiple of group_size=32"),
-        (lambda: Int(2).check(6), "head_dim=6 is not a multiple of group_size=6 and of 4 codes a byte"),
-        (lambda: Kivi(2, 2).check(6), "head_dim=6 .* of 4 codes a byte"),
-        (lambda: Recipe((chain(2, 32),)).check(LLAMA), "head_dim=16 is not a multiple of group_size=32"),
-        (lambda: Recipe((Segment(codec=Kivi()),)), "Kivi needs a segment before it"),
-        (lambda: Segment(codec=Kivi(2, 32), slots=100), "slots=100 is not a multiple of page=32; use 128"),
+        (lambda: Int(4, group_size=32).check(Size(2, 80, None)), "head_dim=80 is not a multiple of group_size=32"),
+        (lambda: Int(2).check(Size(2, 6, None)), "head_dim=6 is not a multiple of group_size=6 and of 4 codes a byte"),
+        (lambda: Kivi(2, 2).check(Size(2, 6, None)), "head_dim=6 .* of 4 codes a byte"),
+        (
+            lambda: Recipe((chain(2, 32),)).check(replace(TINY, head_dim=16)),
+            "head_dim=16 is not a multiple of group_size=32",
+        ),
+        (lambda: Recipe((Segment(codec=Kivi()),)), "Kivi encodes pages of 32 tokens; put a segment before it"),
     ],
 )
 def test_bad_arguments_give_one_line(make, message):
@@ -759,7 +735,7 @@ def test_bad_arguments_give_one_line(make, message):
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_head_sizes_of_the_supported_models_suit_the_defaults(head_dim):
     for codec in (Cast(), Int(8), Int(4), Int(2), Kivi(4, 16), Kivi(2, 16)):
-        codec.check(head_dim)
+        codec.check(Size(2, head_dim, None))
 
 
 def test_defaults_are_the_papers():

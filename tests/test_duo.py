@@ -6,33 +6,31 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
 from itertools import cycle, pairwise
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from naive_model import NaiveModel
+from tiny import ATOL, TINY, layers, text, weights
 
 from lcx import texts
-from lcx.artefacts.head_split import HeadSplit, split_by_score
+from lcx.artefacts import head_mass
+from lcx.artefacts.head_split import FOLDER, HeadSplit, split_by_score
 from lcx.axes import Exact
 from lcx.cache import device_bytes
 from lcx.codecs.exact import Cast
 from lcx.codecs.int_token import Int
 from lcx.errors import UserError
-from lcx.measure import head_mass
 from lcx.model_config import ModelConfig
-from lcx.models.decoder import Layers, Model, random_weights
-from lcx.policies import duo as duo_file
 from lcx.policies.duo import duo
 from lcx.recipe import Recipe
 from lcx.schedules.chunked import Chunked
 from lcx.session import Session
 
-TINY = ModelConfig("tiny", 3, 48, 6, 3, 16, 40, 97, 512)
-LOCAL = replace(TINY, name="tiny-window", window=6, global_every=2)
+# an odd number of KV heads splits unevenly
+MODEL = replace(TINY, name="three", num_kv_heads=3)
+LOCAL = replace(MODEL, name="three-window", window=6, global_every=2)
 # layers with 0, 2 and 3 streaming heads of 3; each shape of a layer compiles once
 SCORES = np.array([[7, 8, 9], [1, 10, 2], [3, 4, 5]])
 STREAMING = [[], [0, 2], [0, 1, 2]]
@@ -42,30 +40,16 @@ SINK, WINDOW = 2, 5
 DUO = Recipe(duo(SINK, WINDOW))
 # all runs have these sizes, so that they share their programs
 PROMPT, TOTAL, CHUNK = 18, 25, 7
-ATOL = 3e-4  # f32 through 3 layers; logits have a spread of 7
-
-
-def weights_of(config):
-    return random_weights(config, seed=3)
-
-
-@cache
-def layers_of(config=TINY, dtype=jnp.float32):
-    return Layers.of(Model(config, random_weights(config, seed=3, dtype=dtype)))
-
-
-def text(seed, length=TOTAL):
-    return np.random.default_rng(seed).integers(0, TINY.vocab_size, length)
 
 
 def streaming_of(aux):
     return [layer["heads"]["streaming"].tolist() for layer in aux]
 
 
-def run(recipe, tokens, aux=SPLIT, *, prompt=PROMPT, chunk=None, dtype=jnp.float32):
+def run(recipe, tokens, aux=SPLIT, *, prompt=PROMPT, chunk=None, dtype="float32"):
     """Logits after the prompt and after each token that follows it, and the session."""
     schedule = None if chunk is None else Chunked(chunk)
-    session = Session(layers_of(TINY, dtype), recipe, prompt, TOTAL - prompt, aux=aux, schedule=schedule)
+    session = Session(layers(MODEL, 3, dtype), recipe, prompt, TOTAL - prompt, aux=aux, schedule=schedule)
     logits = [session.prefill(tokens[:prompt])] + [session.step([t]) for t in tokens[prompt:]]
     return np.concatenate(logits), session
 
@@ -86,7 +70,7 @@ def test_number_of_streaming_heads_is_floored(fraction, count):
 
 
 def far_mass_oracle(config, tokens):
-    naive = NaiveModel(config, weights_of(config))
+    naive = NaiveModel(config, weights(config, 3))
     naive.step(tokens)
     distance = np.arange(len(tokens))[:, None] - np.arange(len(tokens))
     far = (distance >= WINDOW) & (np.arange(len(tokens)) >= SINK)
@@ -94,54 +78,54 @@ def far_mass_oracle(config, tokens):
     return np.array(share)
 
 
-@pytest.mark.parametrize("config, chunk", [(TINY, 37), (TINY, 16), (LOCAL, 16)], ids=["one step", "chunks", "window"])
+@pytest.mark.parametrize("config, chunk", [(MODEL, 37), (MODEL, 16), (LOCAL, 16)], ids=["one step", "chunks", "window"])
 def test_far_mass_equals_numpy_decoder(config, chunk):
-    tokens = text(1, 37)
-    found = head_mass.far_mass(layers_of(config), tokens, SINK, WINDOW, chunk)
+    tokens = text(37, 1)
+    found = head_mass.far_mass(layers(config, 3), tokens, SINK, WINDOW, chunk)
     # f32 through 3 layers, shares up to 0.8
     np.testing.assert_allclose(found, far_mass_oracle(config, tokens), atol=2e-5)
 
 
 def test_far_mass_refuses_a_text_without_far_tokens():
     with pytest.raises(UserError, match=r"tokens=7 must be above sink \+ window = 7"):
-        head_mass.far_mass(layers_of(), text(0, 7), SINK, WINDOW)
+        head_mass.far_mass(layers(MODEL, 3), text(7, 0), SINK, WINDOW)
 
 
 def test_streaming_rows_are_freed():
-    _, session = run(DUO, text(0), chunk=CHUNK)
+    _, session = run(DUO, text(TOTAL, 0), chunk=CHUNK)
     for layer, heads in zip(session.cache, STREAMING, strict=True):
         streaming, retrieval = layer["streaming"], layer["retrieval"]
-        assert streaming.payload["v"].shape == (1, len(heads), SINK + WINDOW, TINY.head_dim)
-        assert retrieval.payload["v"].shape == (1, 3 - len(heads), TOTAL, TINY.head_dim)
+        assert streaming.payload["v"].shape == (1, len(heads), SINK + WINDOW, MODEL.head_dim)
+        assert retrieval.payload["v"].shape == (1, 3 - len(heads), TOTAL, MODEL.head_dim)
         if heads:
             assert sorted(np.asarray(streaming.pos)[0, 0]) == [0, 1, 20, 21, 22, 23, 24]
-    assert DUO.bytes(TINY, PROMPT, TOTAL - PROMPT, aux=SPLIT) == session.cache_bytes
+    assert DUO.bytes(MODEL, PROMPT, TOTAL - PROMPT, aux=SPLIT) == session.cache_bytes
 
 
 @pytest.mark.parametrize("fraction", [0, 0.5, 1])
 @pytest.mark.parametrize("codec", [Exact(), Int(4)], ids=["exact", "int4"])
 def test_bytes_known_beforehand_are_those_of_the_arrays(codec, fraction):
     recipe, aux = Recipe(duo(SINK, WINDOW, codec)), split_by_score(SCORES, fraction)
-    assert recipe.bytes(TINY, 20, 2, aux=aux) == device_bytes(recipe.init(TINY, 20, 2, aux=aux))
+    assert recipe.bytes(MODEL, 20, 2, aux=aux) == device_bytes(recipe.init(MODEL, 20, 2, aux=aux))
 
 
 def test_one_token_at_a_time_equals_a_mask_per_head():
     """A streaming head sees sinks, the window that it kept, and the token itself."""
-    tokens = text(2)
+    tokens = text(TOTAL, 2)
     heads = cycle([(layer, head) for layer in range(3) for head in range(3)])
 
     def allow(q_pos, kv_pos):
         layer, head = next(heads)
         return (kv_pos < SINK) | (q_pos - kv_pos <= WINDOW) | (head not in STREAMING[layer])
 
-    naive = NaiveModel(TINY, weights_of(TINY), allow=allow)
+    naive = NaiveModel(MODEL, weights(MODEL, 3), allow=allow)
     got, _ = run(DUO, tokens, prompt=1)
     np.testing.assert_allclose(got, naive.logits(naive.step(tokens)), atol=ATOL)
 
 
 @pytest.mark.parametrize("chunk", [CHUNK, 1])
 def test_each_step_attends_first_and_forgets_afterwards(chunk):
-    tokens = text(3)
+    tokens = text(TOTAL, 3)
     layer = cycle(range(3))
 
     def keep(heads):
@@ -149,7 +133,7 @@ def test_each_step_attends_first_and_forgets_afterwards(chunk):
         kept = lambda pos: np.flatnonzero((pos < SINK) | (pos > pos.max() - WINDOW))
         return [kept(h.pos) if i in streams else np.arange(len(h.pos)) for i, h in enumerate(heads)]
 
-    naive = NaiveModel(TINY, weights_of(TINY), keep=keep)
+    naive = NaiveModel(MODEL, weights(MODEL, 3), keep=keep)
     bounds = [*range(0, PROMPT, chunk), *range(PROMPT, TOTAL + 1)]
     rows = [naive.step(tokens[a:b])[-1] for a, b in pairwise(bounds)]
     got, _ = run(DUO, tokens, chunk=chunk)
@@ -158,7 +142,7 @@ def test_each_step_attends_first_and_forgets_afterwards(chunk):
 
 def test_streaming_heads_forget():
     """Without this, the equalities with dense below could hold for any recipe."""
-    tokens = text(2)
+    tokens = text(TOTAL, 2)
     dense, _ = run(Recipe(), tokens, None, prompt=1)
     got, _ = run(DUO, tokens, prompt=1)
     apart = np.abs(got - dense).max(-1)
@@ -166,31 +150,31 @@ def test_streaming_heads_forget():
 
 
 def test_equals_dense_when_all_heads_retrieve():
-    tokens = text(4)
+    tokens = text(TOTAL, 4)
     dense, _ = run(Recipe(), tokens, None, chunk=CHUNK)
     got, _ = run(DUO, tokens, split_by_score(SCORES, 0), chunk=CHUNK)
     np.testing.assert_allclose(got, dense, atol=1e-5)  # f32, the same keys in the same tiles
 
 
 def test_equals_dense_at_16_bits_when_all_heads_retrieve():
-    tokens = text(4)
-    dense, _ = run(Recipe(), tokens, None, prompt=TOTAL, chunk=CHUNK, dtype=jnp.bfloat16)
+    tokens = text(TOTAL, 4)
+    dense, _ = run(Recipe(), tokens, None, prompt=TOTAL, chunk=CHUNK, dtype="bfloat16")
     recipe = Recipe(duo(SINK, WINDOW, Cast("bfloat16")))
-    got, _ = run(recipe, tokens, split_by_score(SCORES, 0), prompt=TOTAL, chunk=CHUNK, dtype=jnp.bfloat16)
+    got, _ = run(recipe, tokens, split_by_score(SCORES, 0), prompt=TOTAL, chunk=CHUNK, dtype="bfloat16")
     # a bf16 model's keys and values are stored exactly; other sums may round a bf16 activation the other way
     np.testing.assert_allclose(got, dense, atol=0.1)
 
 
 @pytest.mark.parametrize("aux", [EVEN, split_by_score(SCORES, 1)], ids=["some", "all"])
 def test_equals_dense_while_sink_and_window_cover_the_text(aux):
-    tokens = text(5)
+    tokens = text(TOTAL, 5)
     dense, _ = run(Recipe(), tokens, None, chunk=CHUNK)
     got, _ = run(Recipe(duo(4, TOTAL - 4)), tokens, aux, chunk=CHUNK)
     np.testing.assert_allclose(got, dense, atol=1e-4)  # f32, another order of the heads
 
 
 def test_prompt_in_one_step_is_dense_for_every_head():
-    tokens = text(5)
+    tokens = text(TOTAL, 5)
     dense, _ = run(Recipe(), tokens, None)
     got, _ = run(DUO, tokens, split_by_score(SCORES, 1))
     np.testing.assert_allclose(got[0], dense[0], atol=1e-4)
@@ -198,17 +182,17 @@ def test_prompt_in_one_step_is_dense_for_every_head():
 
 
 def test_composes_with_4_bits_and_chunks():
-    tokens = text(6)
+    tokens = text(TOTAL, 6)
     exact, _ = run(DUO, tokens, EVEN, chunk=CHUNK)
     got, session = run(Recipe(duo(SINK, WINDOW, Int(4))), tokens, EVEN, chunk=CHUNK)
     assert np.isfinite(got).all()
-    assert session.cache[0]["streaming"].payload["v"].shape == (1, 2, SINK + WINDOW, TINY.head_dim // 2)
+    assert session.cache[0]["streaming"].payload["v"].shape == (1, 2, SINK + WINDOW, MODEL.head_dim // 2)
     # 16 levels a token leave the direction of random logits, not their digits
     assert np.corrcoef(got.ravel(), exact.ravel())[0, 1] > 0.8
 
 
 SMOLLM2 = ModelConfig("Smollm2 135M 8k Lc100K Mix1 Ep2", 30, 576, 9, 3, 64, 1536, 49152, 8192)
-SHIPPED = duo_file.FOLDER / "smollm2-135m.json"
+SHIPPED = FOLDER / "smollm2-135m.json"
 
 
 def test_half_the_heads_streaming_save_half_of_a_32k_cache():

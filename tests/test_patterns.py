@@ -12,22 +12,21 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from naive_model import Held as Memory
 from naive_model import NaiveModel, activation, rms, turn
-from test_model import ATOL, LLAMA, text, weights_of
+from tiny import ATOL, TINY, layers, poison, text, weights
 
 from lcx.axes import CAUSAL, Causal, Exact, KeepAll
-from lcx.cache import Held, Store, Tokens
+from lcx.cache import Held, Size, Store, Tokens
 from lcx.codecs.int_token import Int
 from lcx.ctx import Ctx
 from lcx.errors import UserError
-from lcx.models.decoder import Layers, Model
+from lcx.ops.attention import EMPTY
 from lcx.patterns.minference import MInference
 from lcx.patterns.quest import Quest, Summaries
-from lcx.recipe import Recipe, Segment
+from lcx.recipe import Recipe
 from lcx.schedules.chunked import Chunked
 from lcx.session import Session
 
-EMPTY = -1
-CONFIG = replace(LLAMA, num_layers=2)
+CONFIG = replace(TINY, num_layers=2)
 K, G = CONFIG.num_kv_heads, CONFIG.group
 
 
@@ -65,49 +64,25 @@ class SparseModel(NaiveModel):
         return x + (activation(c.activation, wide[:, : c.d_ff]) * wide[:, c.d_ff :]) @ w["down"]
 
 
-@cache
-def layers_of():
-    weights = weights_of(CONFIG)
-    return weights, Layers.of(Model(CONFIG, weights))
-
-
-def poison(slots):
-    """The slots with nan wherever no token is."""
-    empty = np.asarray(slots.pos) == EMPTY
-    k, v = (np.array(slots.payload[n]) for n in ("k", "v"))
-    hidden = np.broadcast_to(empty, (*k.shape[:2], empty.shape[2]))
-    np.moveaxis(k, 2, 3)[hidden] = np.nan
-    v[hidden] = np.nan
-    state = dict(slots.state)
-    for name in ("page_min", "page_max"):
-        if name in state:
-            pages = np.array(state[name])
-            page = -(-hidden.shape[2] // pages.shape[3])
-            unused = [hidden[..., i * page : (i + 1) * page].all(-1) for i in range(pages.shape[3])]
-            np.moveaxis(pages, 2, 3)[np.stack(unused, -1)] = np.nan
-            state[name] = jnp.asarray(pages)
-    return replace(slots, payload={"k": jnp.asarray(k), "v": jnp.asarray(v)}, state=state)
-
-
 def follow(recipe, choose, lengths, steps, *, prompt, aux=None, schedule=None, dirty=False):
     """Two texts of these lengths, then steps of tokens, each row against a numpy decoder; `choose(naive)` makes its rule."""
-    weights, layers = layers_of()
     tokens = np.stack([text(prompt + sum(steps), seed) for seed in (3, 4)])
-    session = Session(layers, recipe, prompt, sum(steps), batch=2, aux=aux, schedule=schedule)
+    session = Session(layers(CONFIG), recipe, prompt, sum(steps), batch=2, aux=aux, schedule=schedule)
     got = session.prefill(tokens[:, :prompt], lengths)
-    rows = [SparseModel(CONFIG, weights) for _ in lengths]
+    rows = [SparseModel(CONFIG, weights(CONFIG)) for _ in lengths]
     for b, (naive, length) in enumerate(zip(rows, lengths, strict=True)):
         naive.choose = choose(naive, "prefill")
         np.testing.assert_allclose(got[b], naive.logits(naive.step(tokens[b, :length])[-1:])[0], atol=ATOL)
     for length in steps:
         if dirty:
-            session.cache = [{n: poison(s) for n, s in segments.items()} for segments in session.cache]
+            poison(session)
         part = np.stack([tokens[b, naive.last_pos + 1 :][:length] for b, naive in enumerate(rows)])
         want = []
         for b, naive in enumerate(rows):
             naive.choose = choose(naive, "decode")
             want.append(naive.logits(naive.step(part[b])[-1:])[0])
         np.testing.assert_allclose(session.step(part), want, atol=ATOL)
+    assert session.overflow == 0
     return session, rows
 
 
@@ -116,7 +91,7 @@ def follow(recipe, choose, lengths, steps, *, prompt, aux=None, schedule=None, d
 
 def test_causal_reads_every_token_before_and_itself():
     session, _ = follow(Recipe(), lambda naive, phase: None, [21, 37], [1, 1], prompt=37, schedule=Chunked(13))
-    assert Recipe().pattern is CAUSAL and CAUSAL == Causal() and CAUSAL.at("decode", 3) is CAUSAL
+    assert Recipe().pattern is CAUSAL and CAUSAL == Causal() and CAUSAL.at("decode", 3, CONFIG) is CAUSAL
     assert set(session.cache[0]["all"].state) == set()
 
 
@@ -200,11 +175,11 @@ def test_quest_leaves_the_first_layers_dense():
     assert (pattern.budget, pattern.page, pattern.dense_layers, pattern.group_reduce) == (1_024, 16, 2, None)
     recipe = Recipe(pattern=pattern)
     for layer, phase in ((0, "decode"), (1, "decode"), (1, "prefill")):
-        assert recipe.at(phase, layer).pattern is CAUSAL
-    assert recipe.at("decode", 2).pattern is pattern
-    assert recipe.at("prefill", 2).pattern == Summaries(16) and Summaries.visits == ""
-    assert recipe.at("prefill", 5).pattern.layout(50, 8, jnp.float32) == pattern.layout(50, 8, jnp.float32)
-    deep = replace(CONFIG, num_layers=4)
+        assert recipe.at(phase, layer, CONFIG).pattern is CAUSAL
+    deep, size = replace(CONFIG, num_layers=4), Size(K, 8, jnp.float32)
+    assert recipe.at("decode", 2, deep).pattern is pattern
+    assert recipe.at("prefill", 2, deep).pattern == Summaries(16) and Summaries.visits == ()
+    assert recipe.at("prefill", 3, deep).pattern.layout(50, size) == pattern.layout(50, size)
     cache_ = jax.eval_shape(lambda: recipe.init(deep, 100, 28))
     assert [set(layer["all"].state) for layer in cache_] == [set(), set()] + [{"page_min", "page_max"}] * 2
     # extremes of 16 keys: 1/16 of the bytes of keys and values
@@ -216,20 +191,21 @@ def test_quest_leaves_the_first_layers_dense():
 
 
 SLOTS, DIM = 50, 8  # not a multiple of 4 or 16
+SIZE = Size(3, DIM, jnp.float32)
 
 
 @cache
 def append_program(page, codec):
-    store = Store(codec, DIM, jnp.float32)
+    store = Store(codec, SIZE)
     pattern = Summaries(page)
 
     @jax.jit
     def append(slots, new):
         _, edit, _ = KeepAll().edit(None, Held(slots, None, store), new)
-        return pattern.summarise(store, slots, store.commit(slots, edit), new.pos.shape[-1])
+        return pattern.summarise(None, store, slots, store.commit(slots, edit), new.pos.shape[-1])
 
-    empty = store.empty(2, 3, 1, SLOTS, {})
-    for name, (shape, kind) in pattern.layout(SLOTS, DIM, jnp.float32).items():
+    empty = store.empty(2, 1, SLOTS, {})
+    for name, (shape, kind) in pattern.layout(SLOTS, SIZE).items():
         empty.state[name] = jnp.zeros((2, 3, *shape), kind)
     return append, empty
 
@@ -256,7 +232,7 @@ def test_page_extremes_stay_right_after_any_appends(page, codec, widths, real, s
         k = np.where(inside[:, None, :, None], rng.normal(size=(2, 3, width, DIM)) - 3, np.nan)
         slots = append(slots, Tokens(*[jnp.asarray(k, jnp.float32)] * 2, jnp.asarray(pos[:, None], jnp.int32)))
         used += count
-    stored = np.asarray(Store(codec, DIM, jnp.float32).tile(slots, 0, SLOTS)[0], np.float64).swapaxes(2, 3)
+    stored = np.asarray(Store(codec, SIZE).tile(slots, 0, SLOTS)[0], np.float64).swapaxes(2, 3)
     low, high = (np.asarray(slots.state[n], np.float64) for n in ("page_min", "page_max"))
     query = rng.normal(size=DIM)
     for b, r in np.ndindex(2, 3):
@@ -276,10 +252,11 @@ def quest_visit_program(pattern, window, queries):
 
     @jax.jit
     def visit(q, slots, pos):
-        ctx = Ctx(q, q, None, None, None, pos, 0.3, None, window=window)
-        index, count, size = pattern.visit(ctx, Held(slots, None, None))
-        assert size == pattern.page
-        return index, count
+        ctx = Ctx(q=q, pos=pos, scale=0.3, rotate=None, window=window)
+        visits = pattern.visit(ctx, {"all": Held(slots, None, None)}, None)
+        visit = visits.pages["all"]
+        assert set(visits.pages) == {"all"} and (visit.size, visit.rows) == (pattern.page, 1)
+        return visit.lists
 
     return append, empty, visit
 
@@ -308,7 +285,9 @@ def test_quest_visits_the_pages_with_the_highest_bounds(pattern, window, queries
         q = rng.normal(size=(2, 3, 2, queries, DIM))
         q_pos = np.array(used)[:, None] + np.arange(queries)
         index, count = visit(jnp.asarray(q, jnp.float32), full, jnp.asarray(q_pos, jnp.int32))
-        assert index.shape[:4] == count.shape == (2, 3, 2, queries)
+        # a list that the heads of a group share is there once
+        assert index.shape[:4] == count.shape == (2, 3, 1 if pattern.group_reduce else 2, queries)
+        index, count = (np.broadcast_to(x, (2, 3, 2, *x.shape[3:])) for x in (index, count))
         assert index.shape[4] == min(pages, max(3, pattern.budget // pattern.page))
         for b, r, t in np.ndindex(2, 3, queries):
             keys = k[b, r, : used[b]].astype(np.float32).astype(np.float64)
@@ -361,11 +340,12 @@ def minference_keys(q, k, vertical, slash, window=10**6):
 def minference_visit_program(pattern, window, with_sizes):
     @jax.jit
     def visit(q, k, pos, sizes):
-        allow = None if window is None else lambda q_pos, kv_pos: q_pos - kv_pos < window
-        ctx = Ctx(q, q, k, k, k, pos, 0.5, None, per_head=sizes if with_sizes else {}, allow=allow, window=window)
-        index, count, size = pattern.visit(ctx, None)
-        assert size == 1 and pattern.block_rows == 64
-        return index, count
+        ctx = Ctx(q=q, k=k, v=k, pos=pos, scale=0.5, rotate=None, aux=sizes if with_sizes else {}, window=window)
+        visits = pattern.visit(ctx, {}, ctx.own)
+        visit = visits.pages["own"]
+        assert set(visits.pages) == {"own"} and (visit.size, visit.rows) == (1, 64)
+        blocks = jax.lax.map(visit.at, jnp.arange(-(-q.shape[3] // 64)))
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3), blocks)
 
     return visit
 
@@ -453,7 +433,7 @@ def minference_rule(sizes):
             if phase == "decode":
                 return mask
             for g in range(G):
-                wanted = [sizes[layer]["per_head"][n][head * G + g] for n in ("vertical", "slash")]
+                wanted = [sizes[layer]["arrays"][n][head * G + g] for n in ("vertical", "slash")]
                 blocks = minference_keys(query[g] / math.sqrt(CONFIG.head_dim), memory.key, *wanted)
                 for i, keys in enumerate(blocks):
                     mask[g, 64 * i : 64 * i + 64] = np.isin(memory.pos, list(keys))
@@ -468,10 +448,9 @@ def test_minference_equals_a_decoder_that_reads_the_chosen_keys():
     """Sizes per layer and query head as data, texts of different lengths, decode dense."""
     rng = np.random.default_rng(5)
     sizes = [
-        {"per_head": {"vertical": rng.integers(30, 60, G * K), "slash": rng.integers(100, 110, G * K)}}
-        for _ in range(2)
+        {"arrays": {"vertical": rng.integers(30, 60, G * K), "slash": rng.integers(100, 110, G * K)}} for _ in range(2)
     ]
-    sizes[1]["per_head"]["slash"][2] = 300  # one head reads everything
+    sizes[1]["arrays"]["slash"][2] = 300  # one head reads everything
     recipe = Recipe(pattern=MInference())
     follow(recipe, minference_rule(sizes), [300, 235], [1, 1], prompt=300, aux=sizes)
     with pytest.raises(AssertionError):
@@ -481,11 +460,12 @@ def test_minference_equals_a_decoder_that_reads_the_chosen_keys():
 def test_minference_is_for_the_prompt_alone():
     recipe = Recipe(pattern=MInference())
     assert (recipe.pattern.vertical, recipe.pattern.slash) == (1_000, 6_096)
-    assert recipe.at("prefill", 0).pattern is recipe.pattern and recipe.at("decode", 0).pattern is CAUSAL
+    assert (
+        recipe.at("prefill", 0, CONFIG).pattern is recipe.pattern and recipe.at("decode", 0, CONFIG).pattern is CAUSAL
+    )
     assert recipe.one_shot and recipe.bytes(CONFIG, 100) == Recipe().bytes(CONFIG, 100)
-    _, layers = layers_of()
     with pytest.raises(UserError, match="MInference needs the whole prompt at once"):
-        Session(layers, recipe, 300, schedule=Chunked(128))
+        Session(layers(CONFIG), recipe, 300, schedule=Chunked(128))
 
 
 # ---- errors
@@ -501,8 +481,7 @@ def test_minference_is_for_the_prompt_alone():
         (lambda: Recipe(pattern=Quest()).with_budget(3), "budget=3 must be at least one page"),
         (lambda: MInference(vertical=0), "vertical=0 and slash=6096 must be at least 1"),
         (lambda: MInference(slash=-2), "slash=-2 must be at least 1"),
-        (lambda: Recipe(pattern=MInference()).with_budget(100), "takes no --budget"),
-        (lambda: Recipe((Segment(slots=8),), pattern=Quest()).capacities("decode", 20, 0), "slots=8 .* cannot hold 20"),
+        (lambda: Recipe(pattern=MInference()).with_budget(100), "budget=100: this recipe has no single budget"),
     ],
 )
 def test_bad_arguments_give_one_line(make, message):

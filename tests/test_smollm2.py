@@ -11,11 +11,12 @@ import pytest
 import lcx
 from lcx import texts
 from lcx.config_files import load_config
+from lcx.generate import generate
 from lcx.measure.quality import continue_session, make_session, score_continuation, score_text, token_nll
 from lcx.ops.attention import EMPTY
 from lcx.pretrained import is_installed
 from lcx.recipe import Recipe
-from lcx.session import Session, generate
+from lcx.session import Session
 
 PEERS = np.load(Path(__file__).parent / "data" / "peers_smollm2.npz", allow_pickle=False)
 LAYERS = np.load(Path(__file__).parent / "data" / "peers_smollm2_layers.npz", allow_pickle=False)

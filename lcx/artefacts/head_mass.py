@@ -40,6 +40,7 @@ class FarMass(KeepAll):
     sink: int
     window: int
 
+    needs = frozenset({"all attention"})
     state = {"far": jnp.float32}
 
     def edit(self, ctx, held, new):
