@@ -165,9 +165,9 @@ def test_blocks_that_a_pattern_lists_go_through_the_kernel(form, g, mask):
 
 def test_page_lists_are_refused_where_another_implementation_is_named():
     config = ModelConfig("lists", 1, 48, 6, 2, 16, 40, 97, 512)
-    layers = Layers.of(Model(config, random_weights(config, seed=0)))
+    layers = Layers.of(Model(config, random_weights(config, seed=0, dtype=jnp.bfloat16)))
     session = Session(layers, Recipe(pattern=MInference(4, 4)), 9, 1)
-    for name, why in (("pallas", "queries of float32"), ("cudnn", "the pattern lists pages of them")):
+    for name, why in (("pallas", "lists of 1 slots for 64 queries"), ("cudnn", "the pattern lists pages of them")):
         session.implementation = name
         with pytest.raises(UserError, match=f"implementation='{name}': .*{why}"):
             session.prefill(np.arange(9))
