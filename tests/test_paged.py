@@ -220,7 +220,7 @@ def test_what_the_kernel_does_not_serve_is_left_to_xla_or_refused():
         (lambda: Paged("int4", "head"), "by='head': allowed are channel, token"),
         (lambda: Paged().check(Size(1, 320, jnp.float32)), "head_dim=320: pages hold 1 ... 256 channels"),
         (lambda: chain(residual=-1), "keep=-1 must be an integer of at least 0"),
-        (lambda: Recipe((Segment(codec=Paged()),)), "Paged needs a segment before it"),
+        (lambda: Recipe((Segment(codec=Paged()),)), "Paged encodes pages of 64 tokens; put a segment before it"),
     ],
 )
 def test_bad_arguments_give_one_line(make, message):
