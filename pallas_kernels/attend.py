@@ -39,7 +39,7 @@ from pallas_kernels.inputs import (
 )
 from pallas_kernels.lists import FULL, ROWS, BlockList
 from pallas_kernels.mask import Mask
-from pallas_kernels.registers import HALF, HIDDEN, LOG2E, PRODUCER, SWIZZLED, capped, empty, line_buffer, write_rows
+from pallas_kernels.registers import HALF, HIDDEN, LOG2E, PRODUCER, SWIZZLED, empty, line_buffer, write_rows
 from pallas_kernels.tables import ATTEND, AttendTile
 
 
@@ -57,7 +57,6 @@ def attend(
     kv_pos: jax.Array | None = None,
     segments=None,
     spans: jax.Array | None = None,
-    softcap: float | None = None,
     out_dtype=None,
     tile: AttendTile | None = None,
 ) -> Partial:
@@ -79,7 +78,6 @@ def attend(
       q_pos, kv_pos: where `mask.positions`: int32 [B,T], and [B,S] or [B,K,S], EMPTY where there is none.
       segments: where `mask.segments`: (int32 [B,T], int32 [B,S]), numbers >= 0; or one [B,S] for both, if T = S.
       spans: where `mask.spans`: int32 [K] or [B,K], window of each KV head in tokens.
-      softcap: logits become softcap * tanh(logits / softcap).
       out_dtype: of the result, float32 by default; the type of q halves what is written.
       tile: sizes other than those of the table, to measure.
 
@@ -90,7 +88,7 @@ def attend(
       UserError: a shape, type or combination that is not served.
     """
     out_dtype = jnp.dtype(jnp.float32 if out_dtype is None else out_dtype)
-    check_arrays(q, k, v, scale, softcap, out_dtype, max(ATTEND))
+    check_arrays(q, k, v, scale, out_dtype, max(ATTEND))
     if q.size == 0 or k.size == 0:
         return Partial(jnp.zeros(q.shape, out_dtype), jnp.full(q.shape[:-1], -jnp.inf))
     data = prepare(
@@ -104,10 +102,10 @@ def attend(
         segments=segments,
         spans=spans,
     )
-    return forward(q, k, v, data, blocks, mask=mask, scale=scale, softcap=softcap, out_dtype=out_dtype, tile=tile)
+    return forward(q, k, v, data, blocks, mask=mask, scale=scale, out_dtype=out_dtype, tile=tile)
 
 
-def forward(q, k, v, data: Data, blocks, *, mask, scale, softcap, out_dtype, tile: AttendTile | None = None) -> Partial:
+def forward(q, k, v, data: Data, blocks, *, mask, scale, out_dtype, tile: AttendTile | None = None) -> Partial:
     """`attend` after its checks."""
     B, K, G, T, D = q.shape
     H = K * G
@@ -120,11 +118,11 @@ def forward(q, k, v, data: Data, blocks, *, mask, scale, softcap, out_dtype, til
     # TMA moves tiles of 8 x 64 elements: arrays hold whole ones
     q, v = (pad(pad(x, 3, head_dim), 2, 8) for x in (q.reshape(B, H, T, D), v))
     k = pad(pad(k, 2, head_dim), 3, 64)
-    out, lse = _call(q, k, v, data, shape, mask, scale, softcap, out_dtype, T, tile or ATTEND[head_dim])
+    out, lse = _call(q, k, v, data, shape, mask, scale, out_dtype, T, tile or ATTEND[head_dim])
     return Partial(out[:, :, :T, :D].reshape(B, K, G, T, D), lse[..., :T].reshape(B, K, G, T))
 
 
-def _call(q, k, v, data: Data, listed, mask: Mask, scale, softcap, out_dtype, T, tile: AttendTile):
+def _call(q, k, v, data: Data, listed, mask: Mask, scale, out_dtype, T, tile: AttendTile):
     """The kernel: q [B,H,T or more,D] -> (out as q, lse [B,H,T to whole tiles]); `listed`: shape of the list."""
     B, H, _, D = q.shape
     K, Q = k.shape[1], -(-T // ROWS)
@@ -204,17 +202,16 @@ def _call(q, k, v, data: Data, listed, mask: Mask, scale, softcap, out_dtype, T,
 
                 s = pl.run_scoped(multiply_qk, plgpu.ACC((HALF, size), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
-                s, unit, _ = capped(s, factor, softcap)
                 start = _start(code, size)
                 every = lax.rem(code, 2) == FULL
                 every = every & (start + size <= kv_len) if ref.kv_pos is None else every
-                s = lax.cond(every, lambda s: s, lambda s: hide(s, first, first_pos, start, HIDDEN / unit), s)
+                s = lax.cond(every, lambda s: s, lambda s: hide(s, first, first_pos, start, HIDDEN / factor), s)
 
-                m_new = jnp.maximum(m, s.max(axis=1) * unit)
+                m_new = jnp.maximum(m, s.max(axis=1) * factor)
                 # a row that has seen nothing takes 0 for its maximum, so that its hidden keys are exp2(HIDDEN) = 0
                 top = jnp.where(m_new < HIDDEN / 2, 0.0, m_new)
                 keep = jnp.exp2(m - top)
-                p = jnp.exp2(s * unit - lax.broadcast_in_dim(top, s.shape, [0]))
+                p = jnp.exp2(s * factor - lax.broadcast_in_dim(top, s.shape, [0]))
                 acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
                 l = l * keep + p.sum(axis=1)
                 p = p.astype(q.dtype)

@@ -39,7 +39,6 @@ from pallas_kernels.registers import (
     HIDDEN,
     LOG2E,
     PRODUCER,
-    capped,
     empty,
     in_loop,
     rows_of,
@@ -63,7 +62,6 @@ def attend_with_gradient(
     kv_pos: jax.Array | None = None,
     segments=None,
     spans: jax.Array | None = None,
-    softcap: float | None = None,
     out_dtype=None,
     tile: AttendGradTile | None = None,
 ) -> Partial:
@@ -73,33 +71,33 @@ def attend_with_gradient(
     `tile`: sizes of the backward kernels other than those of the table.
     """
     out_dtype = jnp.dtype(jnp.float32 if out_dtype is None else out_dtype)
-    inputs.check_arrays(q, k, v, scale, softcap, out_dtype, max(ATTEND_GRAD))
+    inputs.check_arrays(q, k, v, scale, out_dtype, max(ATTEND_GRAD))
     if q.size == 0 or k.size == 0:
         return Partial(jnp.zeros(q.shape, out_dtype), jnp.full(q.shape[:-1], -jnp.inf))
     about = dict(q_offset=q_offset, kv_len=kv_len, q_pos=q_pos, kv_pos=kv_pos, segments=segments, spans=spans)
     data = inputs.prepare(mask, q.shape, k.shape[-1], **about)
-    return _attend(mask, scale, softcap, out_dtype, tile, q, k, v, data, blocks)
+    return _attend(mask, scale, out_dtype, tile, q, k, v, data, blocks)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _attend(mask, scale, softcap, out_dtype, tile, q, k, v, data, blocks):
-    return forward(q, k, v, data, blocks, mask=mask, scale=scale, softcap=softcap, out_dtype=out_dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _attend(mask, scale, out_dtype, tile, q, k, v, data, blocks):
+    return forward(q, k, v, data, blocks, mask=mask, scale=scale, out_dtype=out_dtype)
 
 
-def _attend_fwd(mask, scale, softcap, out_dtype, tile, q, k, v, data, blocks):
-    part = _attend(mask, scale, softcap, out_dtype, tile, q, k, v, data, blocks)
+def _attend_fwd(mask, scale, out_dtype, tile, q, k, v, data, blocks):
+    part = _attend(mask, scale, out_dtype, tile, q, k, v, data, blocks)
     return part, (q, k, v, data, blocks, part)
 
 
-def _attend_bwd(mask, scale, softcap, out_dtype, tile, saved, grad: Partial):
+def _attend_bwd(mask, scale, out_dtype, tile, saved, grad: Partial):
     q, k, v, data, blocks, part = saved
-    return *backward(q, k, v, data, blocks, part, grad, mask=mask, scale=scale, softcap=softcap, tile=tile), None, None
+    return *backward(q, k, v, data, blocks, part, grad, mask=mask, scale=scale, tile=tile), None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def backward(q, k, v, data: Data, blocks, part: Partial, grad: Partial, *, mask, scale, softcap, tile=None):
+def backward(q, k, v, data: Data, blocks, part: Partial, grad: Partial, *, mask, scale, tile=None):
     """(dq, dk, dv), each shaped and typed as what it is the gradient of."""
     B, K, G, T, D = q.shape
     S, H = k.shape[-1], K * G
@@ -113,7 +111,7 @@ def backward(q, k, v, data: Data, blocks, part: Partial, grad: Partial, *, mask,
     do = pad(pad(grad.out.astype(q.dtype).reshape(B, H, T, D), 3, head_dim), 2, 8)
     q, v = (pad(pad(x, 3, head_dim), 2, 8) for x in (q.reshape(B, H, T, D), v))
     k = pad(pad(k, 2, head_dim), 3, 64)
-    arrays, static = (q, k, v, do, lse, delta), (mask, scale, softcap, T, tile)
+    arrays, static = (q, k, v, do, lse, delta), (mask, scale, T, tile)
 
     by_query, by_key, shape, back_shape = data, data, None, None
     if blocks is not None:
@@ -136,7 +134,7 @@ def _by_kv_head(blocks: BlockList, K: int) -> BlockList:
     return BlockList(blocks.index, count, blocks.flags)
 
 
-def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, softcap, T, tile: AttendGradTile):
+def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, T, tile: AttendGradTile):
     """dq [B,H,T or more,D]."""
     B, H, _, D = q.shape
     K, Q = k.shape[1], -(-T // ROWS)
@@ -207,14 +205,13 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, softcap,
                 tile_of = plgpu.ACC((HALF, size), jnp.float32)
                 s, dp = pl.run_scoped(multiply, tile_of, tile_of)
                 plgpu.barrier_arrive(v_free.at[slot])
-                s, unit, slope = capped(s, factor, softcap)
                 start = lax.div(code, 2) * size
                 every = lax.rem(code, 2) == FULL
                 every = every & (start + size <= kv_len) if ref.kv_pos is None else every
-                s = lax.cond(every, lambda s: s, lambda s: hide(s, first, first_pos, start, HIDDEN / unit), s)
-                p = jnp.exp2(s * unit - rows_of(row_lse, s.shape, 0))
+                s = lax.cond(every, lambda s: s, lambda s: hide(s, first, first_pos, start, HIDDEN / factor), s)
+                p = jnp.exp2(s * factor - rows_of(row_lse, s.shape, 0))
                 ds = p * (dp - rows_of(row_delta, s.shape, 0))
-                ds = (ds if slope is None else ds * slope).astype(q.dtype)
+                ds = ds.astype(q.dtype)
                 multiply_ds = lambda dq: plgpu.wgmma(dq, ds, k_smem.at[slot].transpose((1, 0)))
                 dq = pl.run_state(multiply_ds)(plgpu.ACC.init(dq))
                 plgpu.barrier_arrive(k_free.at[slot])
@@ -247,7 +244,7 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, softcap,
     )(q, k, v, do, lse, delta, [getattr(data, name) for name in names])
 
 
-def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, softcap, T, tile: AttendGradTile, want):
+def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, T, tile: AttendGradTile, want):
     """[dk] or [dv] or both, [B,K,S or more,D]; `listed`: shape of the list by key."""
     B, H, _, D = q.shape
     K, N = k.shape[1], -(-S // SIZE)
@@ -333,11 +330,11 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, soft
                     plgpu.wgmma(s, k_smem.at[here].transpose((1, 0)), q_smem.at[slot].transpose((1, 0)))
                     return s[...]
 
-                s, unit, slope = capped(pl.run_scoped(multiply_k, tile_of), factor, softcap)
+                s = pl.run_scoped(multiply_k, tile_of)
                 every = lax.rem(code, 2) == FULL
                 every = every & (start + SIZE <= kv_len) if ref.kv_pos is None else every
-                s = lax.cond(every, lambda s: s, lambda s: hide(s, first, q_start + first, mine, HIDDEN / unit), s)
-                p = jnp.exp2(s * unit - rows_of(plgpu.load(lse_smem.at[slot], layout=by_column), s.shape, 1))
+                s = lax.cond(every, lambda s: s, lambda s: hide(s, first, q_start + first, mine, HIDDEN / factor), s)
+                p = jnp.exp2(s * factor - rows_of(plgpu.load(lse_smem.at[slot], layout=by_column), s.shape, 1))
                 plgpu.barrier_wait(do_ready.at[slot])
                 sums = dict(sums)
                 if "v" in want:
@@ -352,7 +349,7 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, soft
                         return dp[...]
 
                     # ahead of the product, so that one array waits for it and not three
-                    p = lax.optimization_barrier(p if slope is None else p * slope)
+                    p = lax.optimization_barrier(p)
                     dp = pl.run_scoped(multiply_v, tile_of)
                     ds = p * (dp - rows_of(plgpu.load(delta_smem.at[slot], layout=by_column), s.shape, 1))
                     ds = ds.astype(q.dtype)

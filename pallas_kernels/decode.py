@@ -31,7 +31,7 @@ from lcx.errors import UserError
 from lcx.ops.attention import Partial
 from pallas_kernels.payloads import PAGE, Pages, Payload, planes
 from pallas_kernels.pieces import Plan, merge_pieces, plan_pieces
-from pallas_kernels.registers import HIDDEN, LOG2E, capped, empty, rows_of
+from pallas_kernels.registers import HIDDEN, LOG2E, empty, rows_of
 from pallas_kernels.tables import DecodeTile, decode_rows, decode_tile
 
 QUERIES = 8  # T at most
@@ -46,7 +46,6 @@ def decode(
     length: jax.Array,
     *,
     scale: float,
-    softcap: float | None = None,
     splits: int | None = None,
     tile: DecodeTile | None = None,
 ) -> Partial:
@@ -63,7 +62,6 @@ def decode(
       length: int32 [B] or [B,K], tokens of each row, at most 64 * n; longer ones count as 64 * n.  One for all rows ([1]) needs fewer
         small programs around the kernel.
       scale: factor on the logits, positive.
-      softcap: logits become softcap * tanh(logits / softcap).
       splits: pieces of each row; None: as many as fill the GPU, long rows more.
       tile: sizes other than those of the table, to measure.
 
@@ -73,7 +71,7 @@ def decode(
     Raises:
       UserError: a shape, type or combination that is not served.
     """
-    _check(q, pages, table, length, scale, softcap, splits)
+    _check(q, pages, table, length, scale, splits)
     B, K, G, T, D = q.shape
     if q.size == 0 or table.size == 0:
         return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
@@ -83,7 +81,7 @@ def decode(
     if parts > 1:
         table, length = (jnp.repeat(x, parts, 1) if x.ndim > 1 else x for x in (table, length))
         q = q.reshape(B, K * parts, G // parts, T, D)
-        out, lse = decode(q, pages, table, length, scale=scale, softcap=softcap, splits=splits, tile=tile)
+        out, lse = decode(q, pages, table, length, scale=scale, splits=splits, tile=tile)
         return Partial(out.reshape(B, K, G, T, D), lse.reshape(B, K, G, T))
     R, n, N = B * K, table.shape[2], -(-G * T // 8) * 8
     tile = tile or decode_tile(*about, N)
@@ -93,14 +91,14 @@ def decode(
     rows = q.reshape(R, G * T, D).astype(pages.payload.dtype)
     rows = jnp.pad(rows, ((0, 0), (0, N - G * T), (0, pages.head_dim - D)))
     plan = plan_pieces(length, R, n, splits, tile)
-    out, lse = _call(rows, pages, table.reshape(R, n), plan, scale, softcap, T, tile)
+    out, lse = _call(rows, pages, table.reshape(R, n), plan, scale, T, tile)
     # cut before they are merged: another program would cut the result
     out, lse = merge_pieces(out[:, :, :D, : G * T], lse[:, :, : G * T], plan, R)
     out = rearrange(out, "(B K) D (G T) -> B K G T D", K=K, T=T)
     return Partial(out, rearrange(lse, "(B K) (G T) -> B K G T", K=K, T=T))
 
 
-def _check(q, pages, table, length, scale, softcap, splits):
+def _check(q, pages, table, length, scale, splits):
     pages.check()
     if q.ndim != 5 or q.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(f"q of {q.dtype}{list(q.shape)}: allowed is [B,K,G,T,D] in bfloat16 or float16")
@@ -115,8 +113,6 @@ def _check(q, pages, table, length, scale, softcap, splits):
         raise UserError(f"length of {length.dtype}{list(length.shape)}: allowed are integers [{B}] or [{B},{K}]")
     if not scale > 0:
         raise UserError(f"scale={scale}: allowed are numbers above 0")
-    if softcap is not None and not softcap > 0:
-        raise UserError(f"softcap={softcap}: allowed are numbers above 0, or None")
     if splits is not None and splits < 1:
         raise UserError(f"splits={splits}: allowed are 1 and more, or None")
 
@@ -126,7 +122,7 @@ def _operand(columns: int):
     return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
 
 
-def _call(q, pages: Pages, table, plan: Plan, scale, softcap, T, tile: DecodeTile):
+def _call(q, pages: Pages, table, plan: Plan, scale, T, tile: DecodeTile):
     """The kernel: q [R,N,D] -> (out float32 [I,W,D,N], lse float32 [I,W,N]) of each piece and consumer."""
     _, N, D = q.shape
     payload, I = pages.payload, plan.piece.shape[1]  # noqa: E741
@@ -261,19 +257,18 @@ def _call(q, pages: Pages, table, plan: Plan, scale, softcap, T, tile: DecodeTil
                 limit = jnp.minimum(tokens - T + 1 + lax.rem(query, T), stop * PAGE)
                 seen = [token + start[j] < limit for j in range(P)]
 
-                raw = [capped(logits(slot, j), factor, softcap) for j in range(P)]
-                unit = raw[0][1]
-                s = [jnp.where(see, x, HIDDEN / unit) for see, (x, _, _) in zip(seen, raw, strict=True)]
+                raw = [logits(slot, j) for j in range(P)]
+                s = [jnp.where(see, x, HIDDEN / factor) for see, x in zip(seen, raw, strict=True)]
                 high = s[0]
                 for x in s[1:]:
                     high = jnp.maximum(high, x)
-                m_new = jnp.maximum(m, high.max(axis=0) * unit)
+                m_new = jnp.maximum(m, high.max(axis=0) * factor)
                 # a query that has seen nothing takes 0 for its maximum, so that its hidden keys are exp2(HIDDEN) = 0
                 top = jnp.where(m_new < HIDDEN / 2, 0.0, m_new)
                 keep = jnp.exp2(m - top)
                 sums = [x * (spread(keep) if late else keep) for x in sums]
                 for j in range(P):
-                    p = jnp.exp2(s[j] * unit - spread(top))
+                    p = jnp.exp2(s[j] * factor - spread(top))
                     sums[0] = sums[0] + token_sum(p)
                     if rows:
                         if "v_zero" in rows:

@@ -119,7 +119,7 @@ def longest_first(blocks: BlockList, B: int, heads: int) -> jax.Array:
     return jnp.argsort(-jnp.broadcast_to(work, (B, heads, Q)).reshape(-1)).astype(jnp.int32)
 
 
-def check_arrays(q, k, v, scale, softcap, out_dtype, widest: int):
+def check_arrays(q, k, v, scale, out_dtype, widest: int):
     """Raises UserError for shapes, types and numbers that the attention kernels do not serve."""
     B, K, G, T, D = q.shape
     S = k.shape[-1]
@@ -133,8 +133,6 @@ def check_arrays(q, k, v, scale, softcap, out_dtype, widest: int):
         raise UserError(f"out_dtype={out_dtype}: allowed are float32 and {q.dtype}")
     if not 1e-6 <= scale <= 1e6:
         raise UserError(f"scale={scale}: allowed are 1e-6 to 1e6")
-    if softcap is not None and not 1e-3 <= softcap <= 1e6:
-        raise UserError(f"softcap={softcap}: allowed are 1e-3 to 1e6, or None")
 
 
 # inside of a kernel

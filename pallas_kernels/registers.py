@@ -50,15 +50,6 @@ def write_rows(acc, buffer, out_ref):
         plgpu.copy_smem_to_gmem(buffer, out_ref.at[:, pl.ds(c, columns)])
 
 
-def capped(raw, factor, softcap):
-    """Logits in units of which exp2 takes `unit` each, (logits, unit, d logits / d raw up to the factor or None without softcap)."""
-    if softcap is None:
-        return raw, factor, None
-    # tanh of the hardware is off by 2^-11 of softcap, this one by 2^-21; the result is in powers of two already
-    rest = 2 / (1 + jnp.exp2(raw * (2 * factor / softcap)))
-    return softcap * LOG2E * (1 - rest), 1.0, rest * (2 - rest)
-
-
 def rows_of(values, shape, axis: int):
     """One value a row (axis 0) or a column (axis 1), spread over [rows, columns]."""
     return lax.broadcast_in_dim(values, shape, [axis])

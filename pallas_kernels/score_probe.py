@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lcx.ops.attention import BIG
 from lcx.ops.block_scores import PROBE, check_probe
 from pallas_kernels.inputs import pad
-from pallas_kernels.registers import HALF, HIDDEN, LOG2E, PRODUCER, SWIZZLED, capped, empty, rows_of
+from pallas_kernels.registers import HALF, HIDDEN, LOG2E, PRODUCER, SWIZZLED, empty, rows_of
 from pallas_kernels.score_blocks import check_types
 from pallas_kernels.tables import PROBE as TILES
 from pallas_kernels.tables import ProbeTile
@@ -43,11 +43,10 @@ def score_probe(
     q_offset,
     kv_len=None,
     window: int | None = None,
-    softcap: float | None = None,
     tile: ProbeTile | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `lcx.ops.block_scores.score_probe`; q and k in bfloat16 or float16, everything after their product in float32."""
-    check_probe(q, k, scale, window, softcap)
+    check_probe(q, k, scale, window)
     check_types(q, k)
     B, K, G, T, D = q.shape
     H, S = K * G, k.shape[3]
@@ -59,7 +58,7 @@ def score_probe(
     held = jnp.broadcast_to(jnp.asarray(S if kv_len is None else kv_len, jnp.int32), (B,))
     held = jnp.clip(jnp.minimum(held, first + T), 0, S)
     begin = jnp.zeros_like(first) if window is None else jnp.maximum(first - window + 1, 0) // SIZE
-    static = (jnp.stack([first, held, begin]), scale, window, softcap, T, tile)
+    static = (jnp.stack([first, held, begin]), scale, window, T, tile)
     top, total = _call(q, k, None, *static)
     # rows, consumers and runs of tiles that saw nothing have HIDDEN and 0
     high = top.max(2)
@@ -82,7 +81,7 @@ def score_probe(
     return columns.reshape(B, K, G, S), diagonals.reshape(B, K, G, S)
 
 
-def _call(q, k, lse, lengths, scale, window, softcap, T, tile: ProbeTile):
+def _call(q, k, lse, lengths, scale, window, T, tile: ProbeTile):
     """Pass 1 (`lse` None): (largest logit, sum) in powers of two, float32 [B,H,2 runs,64] both.
 
     Pass 2: (sums by key float32 [B,H,S], by diagonal of a tile float32 [B,H,tiles,128]).
@@ -159,12 +158,11 @@ def _call(q, k, lse, lengths, scale, window, softcap, T, tile: ProbeTile):
 
                 s = pl.run_scoped(product, plgpu.ACC((HALF, SIZE), jnp.float32))
                 plgpu.barrier_arrive(free.at[slot])
-                s, unit, _ = capped(s, factor, softcap)
                 key = (begin + step) * SIZE + column
                 seen = (key <= position) & (key < held) & (position >= 0) & (row < T)
                 if window is not None:
                     seen = seen & (position - key < window)
-                return begin + step, jnp.where(seen, s * unit, HIDDEN)
+                return begin + step, jnp.where(seen, s * factor, HIDDEN)
 
             turns = lax.div(steps - wg + 1, 2)
             if not summing:

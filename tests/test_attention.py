@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcx.ops.attention import Partial, Source, attend, mass, merge, tokens_source
-from lcx.ops.visits import attend_visits
+from lcx.ops.attention import Partial, Source, attend, mass, merge, naive_attend, tokens_source
+from lcx.ops.masks import Mask, Near
+from lcx.ops.visits import Visit, attend_visits
 
 EMPTY = -1
 # f32: at most 200 keys, sums in another order; bf16, f16: the probabilities are rounded to the model's type before they meet the values
@@ -31,13 +32,12 @@ class Case:
     G: int = 1
     D: int = 8
     dtype: str = "float32"
-    softcap: float | None = None
 
     def __str__(self):
         return f"T{self.T}-S{self.S}-q{self.q_tile}-kv{self.kv_tile}-B{self.B}R{self.R}G{self.G}D{self.D}-{self.dtype}"
 
 
-def oracle(q, k, v, q_pos, kv_pos, *, scale, window=None, softcap=None):
+def oracle(q, k, v, q_pos, kv_pos, *, scale, window=None):
     """Dense float64 attention.  q [B,R,G,T,D]; k, v [B,R,S,D]; kv_pos [B,R,S] -> out, lse, probabilities [B,R,G,T,S]."""
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
     B, R, G, T, D = q.shape
@@ -52,8 +52,6 @@ def oracle(q, k, v, q_pos, kv_pos, *, scale, window=None, softcap=None):
                 if not sees:
                     continue
                 logits = q[b, r, :, t] @ k[b, r, sees].T * scale
-                if softcap is not None:
-                    logits = softcap * np.tanh(logits / softcap)
                 top = logits.max(1, keepdims=True)
                 weight = np.exp(logits - top)
                 lse[b, r, :, t] = top[:, 0] + np.log(weight.sum(1))
@@ -92,31 +90,32 @@ def slots_source(k, v, pos, held=True):
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
         return cut(channel, axis=3), cut(v, axis=2)
 
-    def gather(idx):
+    def gather(pages, size):
+        idx = (pages[..., None] * size + jnp.arange(size)).reshape(*pages.shape[:-1], -1)
+        idx = jnp.minimum(idx, pos.shape[-1] - 1)
         return jnp.take_along_axis(channel, idx[:, :, None], 3), jnp.take_along_axis(v, idx[..., None], 2)
 
     return Source(pos=pos, tile=tile, gather=gather, held=held)
 
 
-def near(window):
-    """A sliding window as a mask and as bounds of whole tiles; the window may be traced."""
+@dataclass(frozen=True)
+class NoBounds(Mask):
+    """A mask that says nothing of whole tiles."""
 
-    def reach(bounds):
-        return bounds.q_lo - bounds.kv_hi < window, bounds.q_hi - bounds.kv_lo < window
+    mask: Mask
 
-    return {"allow": lambda q_pos, kv_pos: q_pos - kv_pos < window, "reach": reach}
+    def allow(self, q_pos, kv_pos):
+        return self.mask.allow(q_pos, kv_pos)
 
 
 @cache
-def attend_program(case, held, with_reach):
+def attend_program(case, held, with_bounds):
     @jax.jit
     def run(q, k, v, q_pos, kv_pos, window):
-        masks = near(window)
-        if not with_reach:
-            masks["reach"] = None
+        # the window may be traced
+        mask = Near(window) if with_bounds else NoBounds(Near(window))
         source = slots_source(k, v, kv_pos, held)
-        tiles = {"q_tile": case.q_tile, "kv_tile": case.kv_tile}
-        return attend(q, source, q_pos, scale=0.3, softcap=case.softcap, **tiles, **masks)
+        return attend(q, source, q_pos, scale=0.3, mask=mask, q_tile=case.q_tile, kv_tile=case.kv_tile)
 
     return run
 
@@ -125,7 +124,7 @@ def attend_program(case, held, with_reach):
 HELD_CASES = [
     Case(1, 1, 4, 4),
     Case(1, 129, 16, 64, B=2, R=2, G=3, D=64, dtype="bfloat16"),
-    Case(2, 63, 4, 16, R=3, G=8, softcap=2.0),
+    Case(2, 63, 4, 16, R=3, G=8),
     Case(8, 5, 4, 4, B=2, R=2),
     Case(9, 17, 4, 8, B=2, R=1, G=8, D=80, dtype="float16"),
     Case(16, 16, 16, 16, R=8, G=1),
@@ -134,12 +133,12 @@ HELD_CASES = [
     Case(64, 65, 64, 64, B=2, R=3, G=1),
     Case(65, 15, 16, 16, B=2),
     Case(127, 128, 128, 64, R=1, G=3, D=80, dtype="bfloat16"),
-    Case(129, 130, 64, 128, R=1, G=1, softcap=5.0),
+    Case(129, 130, 64, 128, R=1, G=1),
 ]
 OWN_CASES = [
     Case(3, 3, 4, 4, B=2, R=3, G=1),
     Case(4, 4, 4, 4, dtype="bfloat16"),
-    Case(5, 5, 4, 4, B=2, G=3, softcap=1.0),
+    Case(5, 5, 4, 4, B=2, G=3),
     Case(6, 6, 2, 4, R=8),
     Case(7, 7, 4, 2, B=2, G=8),
     Case(15, 15, 16, 16, D=80),
@@ -160,8 +159,8 @@ drawn = {
 @given(**drawn)
 def test_attend_over_held_slots_equals_oracle(case, seed, holes, shuffle, window, offset):
     q, k, v, q_pos, kv_pos = make(case, seed, holes=holes, shuffle=shuffle, offset=offset)
-    got = attend_program(case, held=True, with_reach=True)(q, k, v, q_pos, kv_pos, window)
-    out, lse, _ = oracle(q, k, v, q_pos, kv_pos, scale=0.3, window=window, softcap=case.softcap)
+    got = attend_program(case, held=True, with_bounds=True)(q, k, v, q_pos, kv_pos, window)
+    out, lse, _ = oracle(q, k, v, q_pos, kv_pos, scale=0.3, window=window)
     np.testing.assert_allclose(got.out, out, atol=ATOL[case.dtype], rtol=0)
     np.testing.assert_allclose(got.lse, lse, atol=5e-5, rtol=0)  # f32 logits whatever the type
     blind = np.isneginf(lse)
@@ -173,7 +172,7 @@ def own_program(case):
     @jax.jit
     def run(q, k, v, pos, window):
         tiles = {"q_tile": case.q_tile, "kv_tile": case.kv_tile}
-        return attend(q, tokens_source(k, v, pos), pos, scale=0.3, softcap=case.softcap, **tiles, **near(window))
+        return attend(q, tokens_source(k, v, pos), pos, scale=0.3, mask=Near(window), **tiles)
 
     return run
 
@@ -186,7 +185,7 @@ def test_attend_over_own_tokens_equals_oracle(case, seed, window, offset):
 
     got = own_program(case)(q, k, v, pos, window)
     kv_pos = np.broadcast_to(pos[:, None], (case.B, case.R, case.T))
-    out, lse, _ = oracle(q, k, v, pos, kv_pos, scale=0.3, window=window, softcap=case.softcap)
+    out, lse, _ = oracle(q, k, v, pos, kv_pos, scale=0.3, window=window)
     np.testing.assert_allclose(got.out, out, atol=ATOL[case.dtype], rtol=0)
     np.testing.assert_allclose(got.lse, lse, atol=5e-5, rtol=0)
 
@@ -194,13 +193,25 @@ def test_attend_over_own_tokens_equals_oracle(case, seed, window, offset):
 @pytest.mark.parametrize("case", [HELD_CASES[6], HELD_CASES[7], HELD_CASES[11]], ids=str)
 @settings(max_examples=6)
 @given(**drawn)
-def test_reach_skips_tiles_without_changing_results(case, seed, holes, shuffle, window, offset):
+def test_bounds_skip_tiles_without_changing_results(case, seed, holes, shuffle, window, offset):
     data = make(case, seed, holes=holes, shuffle=shuffle, offset=offset)
-    fast = attend_program(case, held=True, with_reach=True)(*data, window)
-    plain = attend_program(case, held=True, with_reach=False)(*data, window)
+    fast = attend_program(case, held=True, with_bounds=True)(*data, window)
+    plain = attend_program(case, held=True, with_bounds=False)(*data, window)
     # a tile without a visible key leaves the running sums alone: only the order of maxima may differ
     np.testing.assert_allclose(fast.out, plain.out, atol=1e-6)
     np.testing.assert_allclose(fast.lse, plain.lse, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [HELD_CASES[0], HELD_CASES[2], HELD_CASES[4], HELD_CASES[6], HELD_CASES[7]], ids=str)
+@pytest.mark.parametrize("mask", [None, Near(7), Near(5, 3)], ids=["all", "window", "window and sinks"])
+def test_the_formula_in_five_lines_equals_the_tiles(case, mask):
+    q, k, v, q_pos, kv_pos = make(case, 1, holes=0.3, offset=20)
+    got = attend(q, slots_source(k, v, kv_pos), q_pos, scale=0.3, mask=mask, q_tile=case.q_tile, kv_tile=case.kv_tile)
+    want = naive_attend(q, k.swapaxes(2, 3), v, q_pos, kv_pos, scale=0.3, mask=mask)
+    np.testing.assert_allclose(got.out, want.out, atol=ATOL[case.dtype], rtol=0)
+    np.testing.assert_allclose(got.lse, want.lse, atol=5e-5, rtol=0)
+    blind = np.isneginf(np.asarray(want.lse))
+    assert not np.asarray(want.out)[blind].any()
 
 
 @pytest.mark.parametrize("case", [HELD_CASES[3], HELD_CASES[6]], ids=str)
@@ -236,7 +247,7 @@ def test_garbage_in_slots_that_a_row_cannot_see_does_not_touch_it(garbage, place
     ]
     assert hidden.any()
     k_bad, v_bad = (jnp.where(hidden[..., None], garbage, x) for x in (k, v))
-    run = attend_program(POISON_CASE, held=True, with_reach=True)
+    run = attend_program(POISON_CASE, held=True, with_bounds=True)
     clean, dirty = run(q, k, v, q_pos, kv_pos, 7), run(q, k_bad, v_bad, q_pos, kv_pos, 7)
     distance = q_pos[:, None, :, None] - kv_pos[:, :, None, :]
     visible = (kv_pos != EMPTY)[:, :, None] & (q_pos != EMPTY)[:, None, :, None] & (distance >= 0) & (distance < 7)
@@ -244,13 +255,9 @@ def test_garbage_in_slots_that_a_row_cannot_see_does_not_touch_it(garbage, place
     assert not touched.all()
     np.testing.assert_array_equal(np.asarray(dirty.out)[~touched], np.asarray(clean.out)[~touched])
     np.testing.assert_array_equal(np.asarray(dirty.lse)[~touched], np.asarray(clean.lse)[~touched])
-    probs = [mass(q, slots_source(x, v, kv_pos), q_pos, clean.lse, scale=0.3, **near_mask(7)) for x in (k, k_bad)]
+    probs = [mass(q, slots_source(x, v, kv_pos), q_pos, clean.lse, scale=0.3, mask=Near(7)) for x in (k, k_bad)]
     if not touched.any():
         np.testing.assert_array_equal(*probs)
-
-
-def near_mask(window):
-    return {"allow": near(window)["allow"]}
 
 
 @pytest.mark.parametrize("what", ["k", "v"])
@@ -263,7 +270,7 @@ def test_visible_nan_gives_nan(what, window):
     q_pos = q_pos + 5
     bad = kv_pos == 34
     k, v = (jnp.where(bad[..., None], np.nan, x) if what == n else x for n, x in (("k", k), ("v", v)))
-    got = attend_program(POISON_CASE, held=True, with_reach=True)(q, k, v, q_pos, kv_pos, window)
+    got = attend_program(POISON_CASE, held=True, with_bounds=True)(q, k, v, q_pos, kv_pos, window)
     sees = np.broadcast_to((q_pos - 34 < window)[:, None, None], got.lse.shape)
     assert sees.any()
     np.testing.assert_array_equal(np.isnan(got.out).all(-1), sees)
@@ -277,7 +284,7 @@ def test_garbage_in_padded_queries_does_not_touch_others():
     q, k, v, q_pos, kv_pos = make(POISON_CASE, 5, offset=30, padding=False)
     q_pos[:, 5:] = EMPTY
     dirty_q = q.at[:, :, :, 5:].set(np.nan)
-    run = attend_program(POISON_CASE, held=True, with_reach=True)
+    run = attend_program(POISON_CASE, held=True, with_bounds=True)
     clean, dirty = run(q, k, v, q_pos, kv_pos, 1_000), run(dirty_q, k, v, q_pos, kv_pos, 1_000)
     np.testing.assert_array_equal(dirty.out, clean.out)
     got, want = (
@@ -289,7 +296,7 @@ def test_garbage_in_padded_queries_does_not_touch_others():
 # ---- gradients
 
 
-@pytest.mark.parametrize("case", [Case(7, 7, 4, 4, B=2, R=2, G=3), Case(17, 17, 8, 4, softcap=2.0)], ids=str)
+@pytest.mark.parametrize("case", [Case(7, 7, 4, 4, B=2, R=2, G=3), Case(17, 17, 8, 4)], ids=str)
 def test_gradients_equal_dense_softmax_and_vanish_for_blind_rows(case):
     q, k, v, pos, _ = make(case, 1, offset=2, padding=False)
     pos[0, case.T - 2 :] = EMPTY  # padding sees nothing and is seen by nobody
@@ -298,16 +305,12 @@ def test_gradients_equal_dense_softmax_and_vanish_for_blind_rows(case):
 
     def ours(q, k, v):
         source = tokens_source(k, v, jnp.asarray(pos))
-        part = attend(
-            q, source, pos, scale=0.3, softcap=case.softcap, q_tile=case.q_tile, kv_tile=case.kv_tile, **near(window)
-        )
+        part = attend(q, source, pos, scale=0.3, mask=Near(window), q_tile=case.q_tile, kv_tile=case.kv_tile)
         lse = jnp.where(jnp.isneginf(part.lse), 0.0, part.lse)
         return jnp.sum(part.out * weight) + jnp.sum(lse * weight[..., 0])
 
     def dense(q, k, v):
         logits = jnp.einsum("brgtd,brsd->brgts", q, k) * 0.3
-        if case.softcap is not None:
-            logits = case.softcap * jnp.tanh(logits / case.softcap)
         gap = pos[:, :, None] - pos[:, None, :]
         mask = (pos != EMPTY)[:, :, None] & (pos != EMPTY)[:, None, :] & (gap >= 0) & (gap < window)
         some = mask.any(-1)[:, None, None]
@@ -378,7 +381,7 @@ def test_merge_holds_for_logits_far_apart():
 MASS_CASES = [
     Case(1, 1, 4, 4),
     Case(1, 65, 4, 16, B=2, R=2, G=3),
-    Case(9, 20, 4, 8, B=2, R=2, G=3, softcap=2.0),
+    Case(9, 20, 4, 8, B=2, R=2, G=3),
     Case(8, 16, 4, 16, R=3),
     Case(17, 5, 16, 4, dtype="bfloat16"),
     Case(63, 129, 16, 64, G=8),
@@ -391,7 +394,7 @@ def mass_program(case, held):
     def run(q, k, v, q_pos, kv_pos, lse, window):
         source = slots_source(k, v, kv_pos, held)
         tiles = {"q_tile": case.q_tile, "kv_tile": case.kv_tile}
-        return mass(q, source, q_pos, lse, scale=0.3, softcap=case.softcap, **tiles, **near_mask(window))
+        return mass(q, source, q_pos, lse, scale=0.3, mask=Near(window), **tiles)
 
     return run
 
@@ -401,7 +404,7 @@ def mass_program(case, held):
 @given(**drawn)
 def test_mass_is_the_column_sum_of_probabilities(case, seed, holes, shuffle, window, offset):
     q, k, v, q_pos, kv_pos = make(case, seed, holes=holes, shuffle=shuffle, offset=offset)
-    _, lse, prob = oracle(q, k, v, q_pos, kv_pos, scale=0.3, window=window, softcap=case.softcap)
+    _, lse, prob = oracle(q, k, v, q_pos, kv_pos, scale=0.3, window=window)
     for held in (True, False):
         got = mass_program(case, held)(q, k, v, q_pos, kv_pos, jnp.asarray(lse, jnp.float32), window)
         np.testing.assert_allclose(got, prob.sum(3), atol=1e-4)  # up to 63 f32 probabilities
@@ -437,7 +440,8 @@ def test_attend_visits_reads_the_listed_pages_alone(case, size, Q, M):
     @jax.jit
     def run(q, k, v, q_pos, kv_pos, index, count, window):
         source = slots_source(k, v, kv_pos)
-        return attend_visits(q, source, q_pos, index, count, size=size, scale=0.3, **near_mask(window))
+        visit = Visit(size, -(-case.T // Q), lists=(index, count))
+        return attend_visits(q, source, q_pos, visit, scale=0.3, mask=Near(window))
 
     for seed in range(6):
         q, k, v, q_pos, kv_pos = make(case, seed, holes=0.2 * (seed % 2), offset=4 * seed)
@@ -447,7 +451,8 @@ def test_attend_visits_reads_the_listed_pages_alone(case, size, Q, M):
         index = np.pad(index, [(0, 0)] * 4 + [(0, M - index.shape[-1])], constant_values=7 * pages).astype(np.int32)
         count = rng.integers(0, min(M, pages) + 1, shape).astype(np.int32)
         window = [1_000, 9][seed % 2]
-        got = run(q, k, v, q_pos, kv_pos, index, count, window)
+        got, overflow = run(q, k, v, q_pos, kv_pos, index, count, window)
+        assert overflow == 0
         block = -(-case.T // Q)
         for b, r, g, i in np.ndindex(*shape):
             listed = index[b, r, g, i, : count[b, r, g, i]]
@@ -466,11 +471,23 @@ def test_attend_visits_reads_the_listed_pages_alone(case, size, Q, M):
             np.testing.assert_allclose(got.lse[b, r, g, rows], lse[0, 0, 0], atol=2e-5)
 
 
-def test_attend_visits_refuses_queries_that_do_not_split():
+@pytest.mark.parametrize("Q", [2, 4])
+@pytest.mark.parametrize("form", ["lists", "blocks"])
+def test_attend_visits_refuses_lists_that_do_not_fit_the_queries(Q, form):
+    """Five queries in blocks of two are three blocks."""
     q, k, v, q_pos, kv_pos = make(Case(5, 8, 4, 4), 0)
-    index = jnp.zeros((1, 1, 1, 4, 1), jnp.int32)
-    with pytest.raises(ValueError, match="T=5 .* Q=4"):
-        attend_visits(q, slots_source(k, v, kv_pos), q_pos, index, index[..., 0], size=4, scale=1.0)
+    index = jnp.zeros((1, 1, 1, Q, 2), jnp.int32)
+    given = {"lists": (index, index[..., 0])} if form == "lists" else {"blocks": index == 0}
+    with pytest.raises(ValueError, match=f"for Q={Q} blocks of queries; T=5 with rows=2 has 3"):
+        attend_visits(q, slots_source(k, v, kv_pos), q_pos, Visit(4, 2, **given), scale=1.0)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"lists": (0, 0), "blocks": 0}, {"listing": int}], ids=["none", "two", "no most"]
+)
+def test_a_visit_has_one_form(given):
+    with pytest.raises(ValueError, match="give one of lists, blocks, and listing with most"):
+        Visit(4, 1, **given)
 
 
 def test_all_pages_equal_attend():
@@ -478,9 +495,118 @@ def test_all_pages_equal_attend():
     q, k, v, q_pos, kv_pos = make(case, 0, holes=0.2, offset=9)
     source = slots_source(k, v, kv_pos)
     index = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), (2, 2, 3, 1, 5))
-    pages = attend_visits(q, source, q_pos, index, jnp.full((2, 2, 3, 1), 5), size=4, scale=0.3)
+    visit = Visit(4, 4, lists=(index, jnp.full((2, 2, 3, 1), 5)))
+    pages, _ = attend_visits(q, source, q_pos, visit, scale=0.3)
     tiles = attend(q, source, q_pos, scale=0.3, q_tile=4, kv_tile=8)
     np.testing.assert_allclose(pages.out, tiles.out, atol=1e-6)
+
+
+LISTED = Case(40, 1_030, 4, 4, B=2, R=2, G=3)
+LISTED_SIZE, LISTED_ROWS, MOST = 16, 16, 64  # 65 pages, the last one of 6 slots; 3 blocks of queries, the last one of 8
+
+
+def listed(g, count, seed=0, wide=MOST):
+    """Different pages in ascending order for every block of queries: index [B,R,g,Q,wide] and count [B,R,g,Q] of at most `count`."""
+    rng = np.random.default_rng(seed)
+    shape = (LISTED.B, LISTED.R, g, 3)
+    pages = [np.sort(rng.permutation(65)[:count]) for _ in range(np.prod(shape))]
+    index = np.stack([np.pad(p, (0, max(0, wide - count)), constant_values=10**6)[:wide] for p in pages])
+    return jnp.asarray(index.reshape(*shape, wide), jnp.int32), jnp.asarray(
+        rng.integers(0, count + 1, shape), jnp.int32
+    )
+
+
+def visited(visit, source=None, q_pos=None, **more):
+    q, k, v, pos, kv_pos = make(LISTED, 7, holes=0.1, offset=900)
+    source = slots_source(k, v, jnp.asarray(kv_pos)) if source is None else source
+    return attend_visits(q, source, pos, visit, scale=0.3, mask=Near(700), **more)
+
+
+def assert_same_part(got, want):
+    np.testing.assert_allclose(got.out, want.out, atol=1e-6)
+    np.testing.assert_allclose(got.lse, want.lse, atol=2e-6)
+    assert np.isfinite(np.asarray(want.lse)).any()
+
+
+def test_lists_longer_than_their_count_are_those_of_the_count():
+    (long, count), (short, _) = listed(3, 3), listed(3, 3, wide=3)
+    (got, over), (want, _) = (visited(Visit(LISTED_SIZE, LISTED_ROWS, lists=(x, count))) for x in (long, short))
+    assert long.shape[-1] == MOST and short.shape[-1] == 3 and over == 0
+    assert_same_part(got, want)
+
+
+@pytest.mark.parametrize(("count", "reads"), [(0, 0), (3, 1), (4, 1), (9, 3), (64, 16)])
+def test_the_work_of_lists_follows_the_longest_count(count, reads):
+    """512 keys are read at a time: 4 pages of 128."""
+    case = Case(16, 8_192, 4, 4, G=2, D=4)
+    q, k, v, q_pos, kv_pos = make(case, 0, offset=9_000, padding=False)
+    plain = slots_source(k, v, jnp.asarray(kv_pos))
+    calls = []
+
+    def gather(pages, size):
+        jax.debug.callback(lambda p: calls.append(p.shape), pages)
+        return plain.gather(pages, size)
+
+    index = jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32), (1, 1, 2, 1, 64))
+    lists = (index, jnp.asarray([[[[count], [count // 2]]]], jnp.int32))
+    run = jax.jit(
+        lambda *lists: attend_visits(q, Source(plain.pos, plain.tile, gather), q_pos, Visit(128, 16, lists), scale=0.3)
+    )
+    jax.block_until_ready(run(*lists))
+    jax.effects_barrier()
+    assert calls == [(1, 1, 8)] * reads
+
+
+@pytest.mark.parametrize("form", ["lists", "blocks"])
+def test_what_finds_no_place_in_a_list_is_counted(form):
+    """The first pages are read, and every page beyond is counted."""
+    index, count = listed(3, 9)
+    wanted = jnp.full_like(count, 2).at[0, 1, 2].set(9).at[1, 0, 0, 1].set(7)
+    if form == "lists":
+        visit = Visit(LISTED_SIZE, LISTED_ROWS, lists=(index[..., :5], wanted))
+    else:
+        visit = Visit(LISTED_SIZE, LISTED_ROWS, blocks=blocks_of(index, wanted), most=5)
+    got, overflow = visited(visit)
+    want, none = visited(Visit(LISTED_SIZE, LISTED_ROWS, lists=(index, jnp.minimum(wanted, 5))))
+    assert overflow == 3 * (9 - 5) + (7 - 5) and none == 0
+    assert_same_part(got, want)
+
+
+def test_query_heads_share_lists():
+    index, count = listed(1, 20)
+    got, _ = visited(Visit(LISTED_SIZE, LISTED_ROWS, lists=(index, count)))
+    wide = (jnp.broadcast_to(x, (*x.shape[:2], LISTED.G, *x.shape[3:])) for x in (index, count))
+    want, _ = visited(Visit(LISTED_SIZE, LISTED_ROWS, lists=tuple(wide)))
+    assert_same_part(got, want)
+
+
+def blocks_of(index, count):
+    """The pages that lists mean, as bool [B,R,g,Q,65]."""
+    live = jnp.arange(index.shape[-1]) < count[..., None]
+    return ((index[..., None] == jnp.arange(65)) & live[..., None]).any(-2)
+
+
+@pytest.mark.parametrize("g", [1, 3])
+def test_the_three_forms_of_a_visit_are_one(g):
+    index, count = listed(g, 20)
+    want, _ = visited(Visit(LISTED_SIZE, LISTED_ROWS, lists=(index, count)))
+    worked_out = lambda i: (index[:, :, :, i], count[:, :, :, i])
+    for form in ({"blocks": blocks_of(index, count)}, {"listing": worked_out, "most": MOST}):
+        got, overflow = visited(Visit(LISTED_SIZE, LISTED_ROWS, **form))
+        assert overflow == 0
+        assert_same_part(got, want)
+
+
+@pytest.mark.parametrize("g", [1, 3])
+def test_weights_of_a_visit_meet_the_slots_that_are_read(g):
+    """Hiding the odd slots by their logits is a source without them."""
+    q, k, v, pos, kv_pos = make(LISTED, 7, holes=0.1, offset=900)
+    even = slots_source(k, v, jnp.where(jnp.arange(LISTED.S) % 2, EMPTY, kv_pos))
+    hide = lambda logits, slot: jnp.where(slot[:, :, :, None] % 2, -1e30, logits)
+    lists = listed(g, 20)
+    got, _ = visited(Visit(LISTED_SIZE, LISTED_ROWS, lists=lists, weigh=hide))
+    want, _ = visited(Visit(LISTED_SIZE, LISTED_ROWS, lists=lists), even)
+    assert_same_part(got, want)
 
 
 # ---- cost
@@ -519,7 +645,7 @@ def test_causal_tiles_above_the_diagonal_and_outside_the_window_are_not_read():
     q, k, v, pos, kv_pos = make(case, 0, shuffle=False, padding=False)
     causal = tiles_read(q, k, v, pos, kv_pos, held=False, q_tile=16, kv_tile=16)
     assert causal == sorted([0] * 4 + [16] * 3 + [32] * 2 + [48])
-    windowed = tiles_read(q, k, v, pos, kv_pos, held=False, q_tile=16, kv_tile=16, **near(10))
+    windowed = tiles_read(q, k, v, pos, kv_pos, held=False, q_tile=16, kv_tile=16, mask=Near(10))
     assert windowed == sorted([0] * 2 + [16] * 2 + [32] * 2 + [48])
 
 

@@ -1,19 +1,18 @@
 """Attention through the kernels is attention through XLA: whatever a source holds, and what cannot be honoured is refused."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import LLAMA, weights_of
 
-from lcx.backends.choose import AUTO, attend, check_visits, resolve, score_minmax, score_probe
+from lcx.backends.choose import AUTO, attend, attend_visits, resolve, score_minmax, score_probe
 from lcx.bench.interpret import interpreted
 from lcx.errors import UserError
-from lcx.models.decoder import Layers, Model
+from lcx.model_config import ModelConfig
+from lcx.models.decoder import Layers, Model, random_weights
 from lcx.ops.attention import EMPTY, Source, tokens_source
-from lcx.ops.masks import Near
+from lcx.ops.masks import Mask, Near
+from lcx.ops.visits import Visit
 from lcx.patterns.minference import MInference
 from lcx.recipe import Recipe
 from lcx.session import Session
@@ -33,12 +32,18 @@ def slots(S, pos, plain=True):
     def tile(start, size):
         return jax.lax.dynamic_slice_in_dim(k, start, size, 3), jax.lax.dynamic_slice_in_dim(v, start, size, 2)
 
-    return Source(pos=jnp.asarray(pos, jnp.int32), tile=tile, plain=plain)
+    def gather(pages, size):
+        at = jnp.minimum((pages[..., None] * size + jnp.arange(size)).reshape(*pages.shape[:2], -1), S - 1)
+        return jnp.take_along_axis(k, at[:, :, None], 3), jnp.take_along_axis(v, at[..., None], 2)
+
+    return Source(pos=jnp.asarray(pos, jnp.int32), tile=tile, gather=gather, plain=plain)
 
 
-def near(window, sink):
-    """What a pattern passes: the mask, and its description."""
-    return {"allow": lambda q, kv: (kv < sink) | (q - kv < window), "near": Near(window, sink)}
+class EvenKeys(Mask):
+    """A mask that the kernels do not know."""
+
+    def allow(self, q_pos, kv_pos):
+        return kv_pos % 2 == 0
 
 
 def held_positions(S, used, rows):
@@ -49,10 +54,13 @@ def held_positions(S, used, rows):
     )
 
 
-def compare(q, sources, pos, **mask):
-    want = attend(q, sources, pos, scale=SCALE, **mask)
-    run = lambda q, pos: attend(q, sources, pos, scale=SCALE, implementation="pallas", **mask)
-    got = interpreted(run)(q, pos)
+def compare(q, sources, pos, mask=None):
+    want = attend(q, sources, pos, scale=SCALE, mask=mask)
+    run = lambda q, pos: attend(q, sources, pos, scale=SCALE, mask=mask, implementation="pallas")
+    agree(interpreted(run)(q, pos), want)
+
+
+def agree(got, want):
     some = np.isfinite(np.asarray(want.lse))
     np.testing.assert_array_equal(np.isfinite(np.asarray(got.lse)), some)
     np.testing.assert_allclose(np.asarray(got.lse)[some], np.asarray(want.lse)[some], atol=2e-3)
@@ -61,7 +69,7 @@ def compare(q, sources, pos, **mask):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("rows,mask", [(1, {}), (K, near(60, 4))])
+@pytest.mark.parametrize("rows,mask", [(1, None), (K, Near(60, 4))])
 def test_decode_over_slots_in_any_order(rows, mask):
     """A held cache and the step's own tokens; the queries of a group share a tile, and several blocks share the keys."""
     G, T = 4, 3
@@ -71,7 +79,7 @@ def test_decode_over_slots_in_any_order(rows, mask):
         slots(256, held_positions(256, 200, rows)),
         tokens_source(tokens(4, B, K, T, D), tokens(5, B, K, T, D), pos),
     ]
-    compare(q, sources, pos, **mask)
+    compare(q, sources, pos, mask)
 
 
 @pytest.mark.timeout(300)
@@ -93,15 +101,14 @@ def test_what_cannot_be_honoured_is_refused_or_left_to_xla():
     own = tokens_source(tokens(4, B, K, 3, D), tokens(5, B, K, 3, D), pos)
     q = tokens(0, B, K, 1, 3, D)
     held = slots(64, held_positions(64, 0, 1), plain=False)
-    some = {"allow": lambda q, kv: kv % 2 == 0}
     want = attend(q, [held, own], pos, scale=SCALE)
     for wrong, source, mask, name in (
-        ("decoded by XLA", held, {}, "pallas"),
-        ("not a window with sinks", own, some, "pallas"),
-        ("cuDNN serves plain causal attention", own, near(2, 0), "cudnn"),
+        ("decoded by XLA", held, None, "pallas"),
+        ("not a window with sinks", own, EvenKeys(), "pallas"),
+        ("cuDNN serves plain causal attention", own, Near(2), "cudnn"),
     ):
         with pytest.raises(UserError, match=f"implementation='{name}'.*{wrong}"):
-            attend(q, [source], pos, scale=SCALE, implementation=name, **mask)
+            attend(q, [source], pos, scale=SCALE, mask=mask, implementation=name)
     with pytest.raises(UserError, match="queries of float32"):
         attend(q.astype(jnp.float32), [own], pos, scale=SCALE, implementation="pallas")
     got = attend(q, [held], pos, scale=SCALE, implementation=AUTO)
@@ -128,18 +135,65 @@ def test_scores_of_patterns_go_through_the_kernels(implementation):
             jax.tree.map(np.testing.assert_array_equal, run(*wide), score(*wide, **asked))
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("form", ["blocks", "lists"])
+@pytest.mark.parametrize(("g", "mask"), [(2, None), (1, Near(150, 4))], ids=["by query head", "by KV head, window"])
+def test_blocks_that_a_pattern_lists_go_through_the_kernel(form, g, mask):
+    """Two blocks of queries, the second cut off and padded; three of keys, with holes; one block of queries that lists nothing."""
+    G, T, S = 2, 150, 300
+    q, source = tokens(0, B, K, G, T, D), slots(S, held_positions(S, 280, K))
+    real = np.arange(T) < np.asarray([[T], [140]])
+    pos = jnp.asarray(np.where(real, 200 + np.arange(T), EMPTY), jnp.int32)
+    rng = np.random.default_rng(7)
+    blocks = rng.random((B, K, g, 2, 3)) < 0.6
+    blocks[0, 0, 0] = [[False] * 3, [True] * 3]
+    visit = Visit(128, 128, blocks=jnp.asarray(blocks))
+    most = None
+    if form == "lists":
+        # two find a place
+        index, count = np.argsort(~blocks, -1, kind="stable")[..., :2], blocks.sum(-1)
+        visit = Visit(128, 128, lists=(jnp.asarray(index, jnp.int32), jnp.asarray(count, jnp.int32)))
+        most = 2
+    run = lambda q, pos, implementation: attend_visits(
+        q, source, pos, visit, scale=SCALE, mask=mask, implementation=implementation
+    )
+    got, overflow = interpreted(lambda q, pos: run(q, pos, AUTO))(q, pos)
+    want, none = run(q, pos, "xla")
+    agree(got, want)
+    assert overflow == none == (0 if most is None else np.maximum(blocks.sum(-1) - most, 0).sum())
+
+
 def test_page_lists_are_refused_where_another_implementation_is_named():
-    config = replace(LLAMA, num_layers=1)
-    session = Session(Layers.of(Model(config, weights_of(config))), Recipe(pattern=MInference(4, 4)), 9, 1)
-    for name in ("pallas", "cudnn"):
+    config = ModelConfig("lists", 1, 48, 6, 2, 16, 40, 97, 512)
+    layers = Layers.of(Model(config, random_weights(config, seed=0, dtype=jnp.bfloat16)))
+    session = Session(layers, Recipe(pattern=MInference(4, 4)), 9, 1)
+    for name, why in (("pallas", "lists of 1 slots for 64 queries"), ("cudnn", "the pattern lists pages of them")):
         session.implementation = name
-        with pytest.raises(UserError, match=f"implementation='{name}': the pattern lists pages of own keys"):
+        with pytest.raises(UserError, match=f"implementation='{name}': .*{why}"):
             session.prefill(np.arange(9))
-    with pytest.raises(UserError, match="implementation='pallas': the pattern lists pages of held keys"):
-        check_visits("pallas", "held")
+    q, source = tokens(0, B, K, 2, 3, D), slots(64, held_positions(64, 60, 1))
+    pos = jnp.arange(60, 63)[None].repeat(B, 0)
+    own = tokens_source(tokens(4, B, K, 3, D), tokens(5, B, K, 3, D), pos)
+    lists = jnp.zeros((B, K, 2, 1, 1), jnp.int32), jnp.ones((B, K, 2, 1), jnp.int32)
+    pages = Visit(16, 3, lists=lists)
+    blocks = Visit(128, 128, lists=lists)
+    weighed = Visit(128, 128, lists=lists, weigh=lambda logits, slot: logits)
+    worked_out = Visit(128, 128, listing=lambda i: (lists[0][:, :, :, 0], lists[1][..., 0]), most=1)
+    for name, keys, visit, mask, why in (
+        ("pallas", source, pages, None, "lists of 16 slots for 3 queries; the kernels take 128 slots for 128 queries"),
+        ("pallas", source, worked_out, None, "the kernels take 128 slots for 128 queries"),
+        ("pallas", source, weighed, None, "XLA alone does that"),
+        ("pallas", source, blocks, EvenKeys(), "a mask that is not a window with sinks"),
+        ("pallas", slots(64, source.pos, plain=False), blocks, None, "slots in another type"),
+        ("cudnn", own, blocks, None, "the pattern lists pages of them"),
+    ):
+        with pytest.raises(UserError, match=f"implementation='{name}': .*{why}"):
+            attend_visits(q, keys, pos, visit, scale=SCALE, mask=mask, implementation=name)
     # what is held is XLA's with cuDNN in any case
-    for name, visits in (("cudnn", "held"), ("xla", "own"), (AUTO, "own"), (AUTO, "held")):
-        check_visits(name, visits)
+    for name, keys in (("cudnn", source), ("xla", own), (AUTO, own), (AUTO, source)):
+        got, _ = attend_visits(q, keys, pos, pages, scale=SCALE, implementation=name)
+        want, _ = attend_visits(q, keys, pos, pages, scale=SCALE)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_a_device_that_is_not_hopper_gets_xla():

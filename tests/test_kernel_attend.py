@@ -72,12 +72,10 @@ def visible(
     return np.broadcast_to(mask, shape)
 
 
-def reference(q, k, v, mask, scale, softcap=None):
+def reference(q, k, v, mask, scale):
     """float64 attention of every query over the keys of its mask; (out, lse)."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     logits = np.einsum("bkgtd,bkds->bkgts", q, k) * scale
-    if softcap is not None:
-        logits = softcap * np.tanh(logits / softcap)
     weights = np.where(mask, np.exp(np.where(mask, logits, 0)), 0)
     total = weights.sum(-1)
     out = np.einsum("bkgts,bksd->bkgtd", weights, v) / np.where(total == 0, 1, total)[..., None]
@@ -98,17 +96,17 @@ def agree(part, expected, dtype=jnp.bfloat16):
     assert np.abs(np.where(empty, 0, lse - np.where(empty, 0, expected_lse))[~empty]).max(initial=0) <= 1e-3
 
 
-def check(qkv, mask=Mask(), *, visible_by=None, softcap=None, out_dtype=None, tile=None, **data):  # noqa: B008
+def check(qkv, mask=Mask(), *, visible_by=None, out_dtype=None, tile=None, **data):  # noqa: B008
     """The interpreted kernel equals the reference; `visible_by`: arguments of `visible` beyond those of the mask and `data`."""
     q, k, v = qkv
     scale = q.shape[-1] ** -0.5
-    run = interpreted(partial(attend, scale=scale, mask=mask, softcap=softcap, out_dtype=out_dtype, tile=tile))
+    run = interpreted(partial(attend, scale=scale, mask=mask, out_dtype=out_dtype, tile=tile))
     part = run(q, k, v, **data)
     assert part.out.dtype == (out_dtype or jnp.float32)
     about = {key: value for key, value in data.items() if key != "blocks"}
     about |= dict(causal=mask.causal, window=mask.window, sink=mask.sink) | (visible_by or {})
     seen = visible((*q.shape[:4], k.shape[-1]), **about)
-    agree(part, reference(q, k, v, seen, scale, softcap), q.dtype)
+    agree(part, reference(q, k, v, seen, scale), q.dtype)
     return part
 
 
@@ -172,10 +170,6 @@ def test_unordered_slots_with_holes():
     q_pos = np.concatenate([[EMPTY], 100 + np.arange(99)])[None]
     mask = Mask(positions=True, window=120, sink=4)
     check(random_qkv(K=2, T=100, S=200), mask, q_pos=jnp.asarray(q_pos), kv_pos=jnp.asarray(kv_pos))
-
-
-def test_softcap():
-    check(random_qkv(T=128, S=256), FULL, softcap=2.0)
 
 
 def test_float16_and_results_in_the_type_of_q():
@@ -326,15 +320,14 @@ def test_any_lengths_in_full(T, S, causal):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("mask", [FULL, Mask(), Mask(window=100, sink=10)])
 @pytest.mark.parametrize("listed", [False, True])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_every_combination(D, dtype, mask, listed, softcap):
+def test_every_combination(D, dtype, mask, listed):
     data = dict(q_offset=jnp.asarray([100, 60]), kv_len=jnp.asarray([300, 260]))
     about = {}
     if listed:
         tiles = some_blocks(np.random.default_rng(6), (2, 4, 2, 3), 0.5)
         data["blocks"] = from_blocks(tiles, mask, 200, 300, **data)
         about = dict(tiles=tiles)
-    check(random_qkv(B=2, K=2, G=2, T=200, S=300, D=D, dtype=dtype), mask, softcap=softcap, visible_by=about, **data)
+    check(random_qkv(B=2, K=2, G=2, T=200, S=300, D=D, dtype=dtype), mask, visible_by=about, **data)
 
 
 # what is refused
@@ -346,7 +339,6 @@ def test_every_combination(D, dtype, mask, listed, softcap):
         (dict(q=jnp.zeros((1, 1, 1, 128, 64), jnp.float32)), "float32"),
         (dict(v=jnp.zeros((1, 1, 64, 128), jnp.bfloat16)), "v "),
         (dict(scale=0.0), "scale=0.0"),
-        (dict(softcap=-1.0), "softcap=-1.0"),
         (dict(out_dtype=jnp.float16), "out_dtype=float16"),
         (dict(segments=jnp.zeros((1, 128), jnp.int32)), "segments"),
         (dict(spans=jnp.zeros((1,), jnp.int32)), "spans"),
@@ -395,9 +387,8 @@ VARIANTS = {
     "spans": (Mask(spans=True, sink=4), SPAN, {}),
     "segments": (Mask(segments=True), SEGMENTS, {}),
     "positions": (Mask(positions=True, window=300, sink=4), POSITIONS, {}),
-    "softcap": (Mask(), {}, dict(softcap=30.0)),
     "f16 out": (Mask(), {}, dict(out_dtype=jnp.bfloat16)),
-    "all": (Mask(spans=True, segments=True, positions=True, sink=4), SPAN | POSITIONS | SEGMENTS, dict(softcap=30.0)),
+    "all": (Mask(spans=True, segments=True, positions=True, sink=4), SPAN | POSITIONS | SEGMENTS, {}),
 }
 CHEAP = {("causal", False), ("window", True), ("all", True)}
 

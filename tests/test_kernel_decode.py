@@ -66,7 +66,7 @@ def dequantised(pages: Pages):
     return k * line(0, n, axis) + line(n, n, axis), v * line(2 * n, 1, 2) + line(2 * n + 1, 1, 2)
 
 
-def reference(q, k, v, table, length, scale, softcap=None):
+def reference(q, k, v, table, length, scale):
     """float64 out [B,K,G,T,D] and lse; k, v [pages, 64, D] as `dequantised`, the pages of a row in the order of its table."""
     q = np.asarray(q, np.float64)
     B, K, G, T, D = q.shape
@@ -80,8 +80,6 @@ def reference(q, k, v, table, length, scale, softcap=None):
                 if seen <= 0:
                     continue
                 s = q[b, h, :, t] @ keys[:seen].T * scale
-                if softcap is not None:
-                    s = softcap * np.tanh(s / softcap)
                 top = s.max(-1, keepdims=True)
                 p = np.exp(s - top)
                 out[b, h, :, t] = p @ values[:seen] / p.sum(-1, keepdims=True)
@@ -128,12 +126,12 @@ def poisoned(pages: Pages, table, length):
     return Pages(jnp.asarray(k), jnp.asarray(v), None if s is None else jnp.asarray(s), p)
 
 
-def compare(payload, *, scale=None, softcap=None, splits=None, tile=None, **sizes):
+def compare(payload, *, scale=None, splits=None, tile=None, **sizes):
     q, pages, table, length = make(payload, **sizes)
     scale = scale or q.shape[-1] ** -0.5
-    got = interpreted(decode)(q, pages, table, length, scale=scale, softcap=softcap, splits=splits, tile=tile)
+    got = interpreted(decode)(q, pages, table, length, scale=scale, splits=splits, tile=tile)
     k, v = dequantised(pages)
-    out, lse = reference(q, k, v, np.asarray(table), np.asarray(length), scale, softcap)
+    out, lse = reference(q, k, v, np.asarray(table), np.asarray(length), scale)
     assert got.out.dtype == got.lse.dtype == jnp.float32
     close(got, out, lse)
 
@@ -187,15 +185,13 @@ def test_quantised_pages_of_several_rows(kind):
 
 @pytest.mark.timeout(120)
 def test_several_pieces_are_one():
-    """Pieces of one page each, merged, equal the whole; with softcap."""
+    """Pieces of one page each, merged, equal the whole."""
     q, pages, table, length = make(Payload("bf16"), K=1, S=300)
-    one, many = (
-        interpreted(decode)(q, pages, table, length, scale=0.1, softcap=5.0, splits=n, tile=SMALL) for n in (1, 5)
-    )
+    one, many = (interpreted(decode)(q, pages, table, length, scale=0.1, splits=n, tile=SMALL) for n in (1, 5))
     np.testing.assert_allclose(one.out, many.out, atol=1e-2)
     np.testing.assert_allclose(one.lse, many.lse, atol=1e-4)
     k, v = dequantised(pages)
-    close(many, *reference(q, k, v, np.asarray(table), np.asarray(length), 0.1, 5.0))
+    close(many, *reference(q, k, v, np.asarray(table), np.asarray(length), 0.1))
 
 
 @pytest.mark.parametrize("splits", [None, 1, 3])

@@ -29,6 +29,7 @@ from lcx.policies.sink_window import SinkWindow
 from lcx.programs import block_program
 from lcx.recipe import Recipe, Segment
 from lcx.session import Session
+from lcx.storage import Shape
 
 # three of the 32 layers: Quest reads the first two densely
 LLAMA3_8B = ModelConfig("llama3-8b", 3, 4_096, 32, 8, 128, 14_336, 128_256, 131_072, rope=Rope(base=5e5), tied=False)
@@ -76,9 +77,7 @@ def block_memory(recipe, phase, tokens, dtype, target, implementation=None):
     session = Session(layers, recipe, TOKENS, 0, aux=aux, implementation=implementation)
     layer = LLAMA3_8B.num_layers - 1
     cache = jax.eval_shape(lambda: session.empty(phase, layer))
-    x = jax.ShapeDtypeStruct((1, tokens, LLAMA3_8B.d_model), dtype)
-    pos = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    args, static = session.block_call(phase, layer, x, pos, cache)
+    args, static = session.block_call(phase, layer, *session.step_shape(tokens), cache)
     return compile_for(target, block_program, args, static).memory_analysis()
 
 
@@ -113,8 +112,7 @@ def cache_bytes(recipe, phase, dtype):
     """Of the layer that `block_memory` compiles."""
     aux = HALF if any(c[0].heads != "all" for c in recipe.chains) else None
     layer = LLAMA3_8B.num_layers - 1
-    sizes = recipe.capacities(phase, TOKENS, 0)
-    make = lambda: recipe.init_layer(LLAMA3_8B, layer, phase, sizes, aux, 1, dtype)
+    make = lambda: recipe.init_layer(phase, layer, Shape(LLAMA3_8B, TOKENS, dtype=dtype), aux)
     return shape_bytes(jax.eval_shape(make))
 
 

@@ -10,18 +10,21 @@ from lcx.artefacts.head_split import split_by_score
 from lcx.axes import KeepAll
 from lcx.backends.choose import AUTO, attend
 from lcx.bench.interpret import interpreted
-from lcx.cache import Edit, Store, Tokens
+from lcx.cache import Edit, Size, Store, Tokens
 from lcx.codecs.paged import Paged, chain
+from lcx.ctx import Step
 from lcx.errors import UserError
 from lcx.layer import held_source
 from lcx.model_config import ModelConfig
 from lcx.models.decoder import Layers, Model, random_weights
 from lcx.ops.attention import EMPTY
+from lcx.ops.masks import Near
 from lcx.policies.duo import duo
 from lcx.policies.flush import Flush
 from lcx.programs import block_program
 from lcx.recipe import Recipe, Segment
 from lcx.session import Session
+from lcx.storage import Shape
 from pallas_kernels.payloads import FLOATS, pack_pages, page_bytes, read_pages
 
 CODECS = [Paged(p.kind, p.by) for p in PAYLOADS if not p.exact]
@@ -40,10 +43,10 @@ def normal(seed, *shape):
 def written(codec, k, v, used=None):
     """(store, slots) that hold k, v [B,R,N,D]: the first used[b] tokens of row b."""
     used = np.full(len(k), k.shape[2]) if used is None else np.asarray(used)
-    store = Store(codec, k.shape[3], jnp.float32)
+    store = Store(codec, Size(k.shape[1], k.shape[3], jnp.float32))
     places = np.arange(k.shape[2])
     pos = jnp.asarray(np.where(places < used[:, None], places, EMPTY)[:, None], jnp.int32)
-    empty = store.empty(len(k), k.shape[1], 1, k.shape[2], {})
+    empty = store.empty(len(k), 1, k.shape[2], {})
     tokens = Tokens(jnp.asarray(k), jnp.asarray(v), pos)
     return store, store.commit(empty, Edit(jnp.asarray(places)[None, None], tokens))
 
@@ -52,7 +55,7 @@ def oracle(store, slots):
     """float64 k, v [B,R,N,D] by the formulas of `pack_pages`, one value at a time in effect; codes as they lie are read."""
     B, R, n = slots.payload["k"].shape[:3]
     found = dequantised(store.codec.pages(slots.payload))
-    return [x[..., : store.head_dim].reshape(B, R, n * 64, -1) for x in found]
+    return [x[..., : store.size.head_dim].reshape(B, R, n * 64, -1) for x in found]
 
 
 @pytest.mark.parametrize("head_dim", [80, *(pytest.param(d, marks=pytest.mark.slow) for d in (64, 128, 256))])
@@ -126,8 +129,8 @@ def test_numbers_beyond_float16_stay_finite(codec, sign):
 
 def test_bits_a_value_are_the_documented_ones():
     for codec, bits in ((Paged("int4"), 4.375), (Paged("int4", "token"), 4.25), (Paged("fp8", "token"), 8.125)):
-        store = Store(codec, 128, jnp.bfloat16)
-        arrays = store.empty(1, 1, 1, 256, {}).payload.values()
+        store = Store(codec, Size(1, 128, jnp.bfloat16))
+        arrays = store.empty(1, 1, 256, {}).payload.values()
         assert sum(x.nbytes for x in arrays) * 8 == bits * 2 * 256 * 128 == 8 * 4 * page_bytes(codec.payload, 128)
 
 
@@ -186,7 +189,8 @@ def test_a_layer_of_a_session_decodes_through_the_kernels():
     session = Session(Layers.of(Model(config, weights)), recipe, 150, 4, aux=split_by_score([[1, 0]], 0.5))
     session.prefill(np.random.default_rng(0).integers(0, 97, 150))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, 64)), jnp.bfloat16)
-    args, static = session.block_call("decode", 0, x, jnp.full((1, 1), 150, jnp.int32), session.cache[0])
+    step = Step(jnp.full((1, 1), 150, jnp.int32), jnp.zeros(1, jnp.int32))
+    args, static = session.block_call("decode", 0, x, step, session.cache[0])
     assert int((session.cache[0]["pages"].pos != EMPTY).sum()) == 128
     run = {name: static | {"implementation": name} for name in ("xla", "pallas")}
     want = jax.jit(lambda *a: block_program(*a, **run["xla"]))(*args)
@@ -198,14 +202,14 @@ def test_a_layer_of_a_session_decodes_through_the_kernels():
 def test_what_the_kernel_does_not_serve_is_left_to_xla_or_refused():
     k, v = normal(0, B, R, N, 64), normal(1, B, R, N, 64)
     store, slots = written(Paged("int4"), k, v)
-    for G, T, mask in ((2, 65, {}), (1, 1, {"allow": lambda q, kv: q - kv < 9})):
+    for G, T, mask in ((2, 65, None), (1, 1, Near(9))):
         q, pos = queries(G, T, 64, np.full((B, 1), N) + np.arange(T))
         source = held_source(store, slots)
-        want = attend(q, [source], pos, scale=0.1, **mask)
-        got = attend(q, [source], pos, scale=0.1, implementation=AUTO, **mask)
+        want = attend(q, [source], pos, scale=0.1, mask=mask)
+        got = attend(q, [source], pos, scale=0.1, mask=mask, implementation=AUTO)
         jax.tree.map(np.testing.assert_array_equal, got, want)
         with pytest.raises(UserError, match="decoded by XLA, but for decode over pages"):
-            attend(q, [source], pos, scale=0.1, implementation="pallas", **mask)
+            attend(q, [source], pos, scale=0.1, mask=mask, implementation="pallas")
 
 
 @pytest.mark.parametrize(
@@ -214,10 +218,9 @@ def test_what_the_kernel_does_not_serve_is_left_to_xla_or_refused():
         (lambda: Paged("int3"), "kind='int3': allowed are fp8, int8, int4, int2"),
         (lambda: Paged("bf16"), "kind='bf16': allowed are fp8, int8, int4, int2"),
         (lambda: Paged("int4", "head"), "by='head': allowed are channel, token"),
-        (lambda: Paged().check(320), "head_dim=320: pages hold 1 ... 256 channels"),
+        (lambda: Paged().check(Size(1, 320, jnp.float32)), "head_dim=320: pages hold 1 ... 256 channels"),
         (lambda: chain(residual=-1), "keep=-1 must be an integer of at least 0"),
-        (lambda: Recipe((Segment(codec=Paged()),)), "Paged needs a segment before it"),
-        (lambda: Segment(codec=Paged(), slots=100), "slots=100 is not a multiple of page=64; use 128"),
+        (lambda: Recipe((Segment(codec=Paged()),)), "Paged encodes pages of 64 tokens; put a segment before it"),
     ],
 )
 def test_bad_arguments_give_one_line(make, message):
@@ -230,5 +233,6 @@ def test_the_chain_holds_every_token_once():
     tail, pages = chain()
     assert tail.policy == Flush(page=64, keep=64) and isinstance(pages.policy, KeepAll)
     assert pages.codec == Paged("int4", "channel") and FLOATS["fp8"] == jnp.float8_e4m3fn
-    sizes = Recipe((chain(residual=10),)).capacities("decode", 200, 0)
+    config = ModelConfig("paged", 1, 64, 4, 2, 64, 64, 97, 512)
+    sizes = Recipe((chain(residual=10),)).capacities("decode", 0, Shape(config, 200))
     assert sizes == {"tail": 74, "pages": 128}

@@ -90,6 +90,7 @@ def attend_visits(q, source: Source, q_pos, visit: Visit, *, mask: Mask | None, 
     from pallas_kernels.lists import ROWS, SIZE, from_blocks
 
     B, R, G, T, _ = q.shape
+    visit.check(T)
     S = source.pos.shape[-1]
     Q, N = -(-T // ROWS), -(-S // SIZE)
     blocks = visit.blocks

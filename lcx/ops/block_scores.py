@@ -114,7 +114,6 @@ def score_probe(
     q_offset,
     kv_len=None,
     window: int | None = None,
-    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention mass of a text's last queries by key and by distance.
 
@@ -127,7 +126,6 @@ def score_probe(
       q_offset: int32 [B] or one number.
       kv_len: int32 [B] or one number, keys in use, at most S; None: S.
       window: the most recent tokens alone, the query's own included; None: all.
-      softcap: logits become softcap * tanh(logits / softcap).
 
     Returns:
       (columns, diagonals), float32 [B,K,G,S] both: by position of the key, and by distance from the query.
@@ -135,11 +133,9 @@ def score_probe(
     Raises:
       UserError: a shape or number that is not served.
     """
-    check_probe(q, k, scale, window, softcap)
+    check_probe(q, k, scale, window)
     B, T, S = q.shape[0], q.shape[3], k.shape[3]
     logits = jnp.einsum("bkgtd,bkds->bkgts", q, k, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
     first = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
     held = jnp.broadcast_to(jnp.asarray(S if kv_len is None else kv_len, jnp.int32), (B,))
     q_pos = first[:, None] + jnp.arange(T)
@@ -191,7 +187,7 @@ def check_antidiagonal(q, k, stride: int, scale: float, q_offset):
         raise UserError(f"q_offset={q_offset}: allowed are multiples of stride={stride}")
 
 
-def check_probe(q, k, scale: float, window: int | None, softcap: float | None):
+def check_probe(q, k, scale: float, window: int | None):
     """Raises UserError for a call that `score_probe` does not serve."""
     _check_heads(q, k)
     _check_scale(scale)
@@ -199,5 +195,3 @@ def check_probe(q, k, scale: float, window: int | None, softcap: float | None):
         raise UserError(f"q of {q.shape}: allowed are at most {PROBE} queries")
     if window is not None and window < 1:
         raise UserError(f"window={window}: allowed are at least 1 token, or None")
-    if softcap is not None and not 1e-3 <= softcap <= 1e6:
-        raise UserError(f"softcap={softcap}: allowed are 1e-3 to 1e6, or None")

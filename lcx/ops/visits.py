@@ -51,6 +51,15 @@ class Visit:
         if self.size < 1 or self.rows < 1:
             raise ValueError(f"Visit: size={self.size} and rows={self.rows} must be at least 1")
 
+    def check(self, T: int) -> None:
+        """Raise ValueError where the lists are not for as many blocks as T queries have."""
+        given = self.blocks if self.lists is None else self.lists[0]
+        Q = -(-T // self.rows)
+        if given is not None and given.shape[3] != Q:
+            raise ValueError(
+                f"Visit: lists for Q={given.shape[3]} blocks of queries; T={T} with rows={self.rows} has {Q}"
+            )
+
     @property
     def width(self) -> int:
         """Pages that a block of queries reads at most."""
@@ -88,10 +97,14 @@ def attend_visits(
 
     Returns:
       (Partial, overflow): int32 [], pages that were wanted and found no place in the lists.
+
+    Raises:
+      ValueError: the source cannot gather, or the lists are for another number of queries.
     """
     B, R, G, T, D = q.shape
     if source.gather is None:
         raise ValueError("this source has no `gather`: pages cannot be read")
+    visit.check(T)
     gather, size, S = source.gather, visit.size, source.pos.shape[-1]
     n_q, width = min(visit.rows, T), visit.width
     Q = -(-T // n_q)
