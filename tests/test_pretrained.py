@@ -241,6 +241,18 @@ def test_other_rope_settings_of_hugging_face_are_read():
         ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         (
             "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}},
+            "allowed is none beside rope_parameters",
+        ),
+        (
+            "qwen2",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_parameters.full_attention={",
+        ),
+        ("phi3", {"partial_rotary_factor": 0.7}, "is not an even number"),
+        ("llama", {"partial_rotary_factor": 0.5}, "allowed is 1 for this architecture"),
+        (
+            "llama",
             {"sliding_window": 16},
             "sliding_window=16; allowed is none, or at least max_position_embeddings=128",
         ),

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +27,15 @@ from lcx.tasks import Sample
 
 CONFIG = ModelConfig("tiny", 1, 32, 4, 2, 8, 48, 261, 4_096)
 BOS = 257
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_fast():
+    """Nothing here is timed."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def pretrained(padding=0, **keys):

@@ -160,6 +160,6 @@ def weights(name: str) -> dict[str, np.ndarray]:
             x = x * np.float32(1.7 / shape[-1] ** 0.5 if c["tie_word_embeddings"] else 1)
         else:
             # queries and keys so large that attention is not flat: a wrong angle shows
-            x = x * np.float32((4.0 if "self_attn.q" in key or "self_attn.k" in key else 1.7) / shape[-1] ** 0.5)
+            x = x * np.float32((2.5 if "self_attn.q" in key or "self_attn.k" in key else 1.7) / shape[-1] ** 0.5)
         made[key] = x.astype(np.float32)
     return made

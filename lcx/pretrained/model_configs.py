@@ -237,6 +237,9 @@ def _hf_rope(f: Fields, arch: str, head_dim: int, context: int) -> dict[str, obj
     """RoPE from `rope_theta` + `rope_scaling` (older files) or `rope_parameters` (newer ones)."""
     key = "rope_parameters" if f.has("rope_parameters") else "rope_scaling"
     scaling = f.section(key)
+    if key == "rope_parameters" and f.section("rope_scaling").values:
+        # transformers takes rope_scaling and drops the other with its rope_theta; which of them is meant is not known
+        raise f.fail("rope_scaling", "none beside rope_parameters")
     if arch != "Gemma3ForCausalLM":
         for kind in ("full_attention", "sliding_attention"):
             scaling.refuse(f"{key}.{kind}")
