@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test test-all lint types lock clean
+.PHONY: help setup setup-test demo test test-all mutants lint types lock clean
 
 PYTHON := .venv/bin/python
 # The compile-only CUDA wheels come without cuDNN: JAX would log an error and fall back to the CPU, so it is told to take the CPU at once.
@@ -16,6 +16,7 @@ help:
 	@echo 'make demo      set up, then sweep SmolLM2-135M over the recipes into runs/smollm2_quick (ARGS=... for its flags)'
 	@echo 'make test      set up, then run the tests (ARGS=... for pytest); make test-all has the full counts'
 	@echo 'make setup     the set-up of demo alone; make setup-test also what tests, lint and types need'
+	@echo 'make mutants   put each seeded fault of tests/mutants/ into a copy and run its tests (ARGS=--methods=h2o,snapkv or --changed)'
 	@echo 'make lint      ruff; make types: pyrefly; make lock: write requirements/ anew; make clean: remove .venv and caches'
 
 setup:
@@ -32,6 +33,10 @@ test: setup-test
 
 test-all: setup-test
 	@$(CPU_ONLY); $(PYTHON) -m pytest -n 2 -m 'not gemma' --timeout=3600 $(ARGS)
+	@$(CPU_ONLY); $(PYTHON) scripts/mutants.py
+
+mutants: setup-test
+	@$(CPU_ONLY); $(PYTHON) scripts/mutants.py $(ARGS)
 
 lint: setup-test
 	@.venv/bin/ruff check .
