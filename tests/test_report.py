@@ -20,7 +20,7 @@ from lcx.config_files import all_configs, load_config
 from lcx.errors import UserError
 from lcx.report import axes, cards, figures, heat, scores, source, tables, write_report
 from lcx.report.compare import compare
-from lcx.report.escape import csv_cell, el, plot_text, visible
+from lcx.report.escape import csv_cell, el, plot_text
 from lcx.report.export import csv_text, export
 from lcx.report.page import LARGEST, MOST_CARDS, inline_svg, page
 from lcx.report.tables import ORDERS, ordered
@@ -28,6 +28,7 @@ from lcx.sweep import show
 from lcx.sweep.runner import read_rows
 from lcx.sweep.schema import BY_NAME
 from lcx.sweep.store import FILE, Job, Owner, Store
+from lcx.text import visible
 
 ROOT = Path(__file__).parent.parent
 METHODS = {"dense": (1.0, 0.0), "int4": (0.3, 0.01), "window": (0.25, 2.5), "h2o": (0.26, 0.3)}

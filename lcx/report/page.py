@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 
 from lcx.report import axes, figures, tables
 from lcx.report.cards import Card, cards
-from lcx.report.escape import Safe, el, join, visible
+from lcx.report.escape import Safe, el, join
 from lcx.report.export import csv_text
 from lcx.report.scores import score_tables
 from lcx.report.source import Source, has_failed
 from lcx.sweep.schema import COLUMNS, Row
 from lcx.sweep.store import OPEN
+from lcx.text import visible
 
 LARGEST = 5_000_000  # bytes of the page
 LARGEST_CSV = 1_000_000  # of the file within it
