@@ -189,7 +189,8 @@ def _run(sweep, settings, models, axes, retry) -> None:
     from lcx import texts
     from lcx.pretrained import load_arrays
     from lcx.sweep.points import Loaded
-    from lcx.sweep.runner import open_sweep, read_rows, resolve_all, write_run
+    from lcx.sweep.rows import read_rows
+    from lcx.sweep.runner import open_sweep, resolve_all, write_run
     from lcx.sweep.scheduler import Scheduler
 
     env = dict(os.environ)
@@ -268,8 +269,8 @@ def _watch(scheduler, store, workdir: Path) -> None:
         TimeRemainingColumn,
     )
 
-    from lcx.sweep import show
-    from lcx.sweep.runner import read_rows
+    from lcx.sweep.line import line
+    from lcx.sweep.rows import read_rows
     from lcx.sweep.scheduler import Stopped
 
     console = Console(highlight=False)
@@ -293,7 +294,7 @@ def _watch(scheduler, store, workdir: Path) -> None:
             task = progress.add_task("points", total=len(rows))
 
             def tell(row, note: str = "") -> None:
-                console.print(show.line(row) + note, markup=False, soft_wrap=True)
+                console.print(line(row) + note, markup=False, soft_wrap=True)
                 progress.advance(task)
 
             for row in rows.values():
@@ -318,17 +319,17 @@ def _watch(scheduler, store, workdir: Path) -> None:
 def _show(rows, store, workdir: Path, title: str) -> None:
     from rich.console import Console
 
-    from lcx.sweep import show
+    from lcx.report import terminal
 
     console = Console(highlight=False)
     wide = Console(highlight=False, width=max(console.width, 132))
-    wide.print(show.table(rows, title))
-    for title_of_scores, scores, messages in show.score_tables(rows):
+    wide.print(terminal.table(rows, title))
+    for title_of_scores, scores, messages in terminal.score_tables(rows):
         console.print(title_of_scores, markup=False, soft_wrap=True)
         wide.print(scores)
         for message in messages:
             console.print(message, markup=False, soft_wrap=True)
-    console.print(show.notes(rows), markup=False)
+    console.print(terminal.notes(rows), markup=False)
     told = f"rows: {store.path}"
     if FLAGS.report and any(row["status"] == "ok" for row in rows):
         from lcx.report import figures, write_report

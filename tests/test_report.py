@@ -18,14 +18,13 @@ from matplotlib.figure import Figure
 
 from lcx.config_files import all_configs, load_config
 from lcx.errors import UserError
-from lcx.report import axes, cards, figures, heat, scores, source, tables, write_report
+from lcx.report import axes, cards, figures, heat, scores, source, tables, terminal, write_report
 from lcx.report.compare import compare
 from lcx.report.escape import csv_cell, el, plot_text
 from lcx.report.export import csv_text, export
 from lcx.report.page import LARGEST, MOST_CARDS, inline_svg, page
 from lcx.report.tables import ORDERS, ordered
-from lcx.sweep import show
-from lcx.sweep.runner import read_rows
+from lcx.sweep.rows import read_rows
 from lcx.sweep.schema import BY_NAME
 from lcx.sweep.store import FILE, Job, Owner, Store
 from lcx.text import visible
@@ -530,7 +529,7 @@ def test_scores_of_tasks_are_told_by_length(plain):
     assert lines["needle, mean of 3 depths"][1] > 50 and table.messages == [("dense", "longppl", "none is <key>")]
     page = "".join(tables.task_scores(rows))
     assert "none is &lt;key&gt;" in page and "18.130" in page and ">512 tokens</h3>" in page
-    ((_, shown, messages),) = show.score_tables(rows)
+    ((_, shown, messages),) = terminal.score_tables(rows)
     assert shown.row_count == len(lines) and messages == ["dense, longppl: none is <key>"]
     assert scores.score_tables([r | {"tasks": None} for r in rows]) == []
     junk = {"a": "x", "b": {"scores": [["x"]]}, "c": {"d": float("nan")}, "e": True, "f": [1]}

@@ -19,11 +19,10 @@ from lcx.errors import UserError
 from lcx.experiment import Experiment
 from lcx.models.loading import Pretrained
 from lcx.recipe import Recipe
-from lcx.report.source import whole_rows
 from lcx.sweep.bench import Bench
+from lcx.sweep.line import line
 from lcx.sweep.points import Loaded, Point, Settings, aux_digest, jobs, specs
 from lcx.sweep.schema import Row, leaves, ratios, whole_row
-from lcx.sweep.show import line
 from lcx.sweep.store import Job, Store
 
 SHOWN = 6  # differences that a refusal lists
@@ -79,11 +78,6 @@ def differences(old: Sequence[Job], new: Sequence[Job]) -> str:
     shown = list(changed)[:SHOWN]
     rest = len(changed) - len(shown)
     return "; ".join(shown) + (f"; and {rest} more" if rest > 0 else "")
-
-
-def read_rows(store: Store) -> list[Row]:
-    """Every point's row in the sweep's order, whatever its status, with the ratio columns."""
-    return whole_rows(store.points())[0]
 
 
 def run_here(model: Pretrained, points: Sequence[Point], on_row: Callable[[Row], None] | None = None) -> list[Row]:

@@ -1,4 +1,4 @@
-"""A sweep's rows on a terminal: a line as each is done, a table at the end, notes on what the columns count."""
+"""A sweep's rows on a terminal: a table, the scores of the tasks, notes on what the columns count."""
 
 from __future__ import annotations
 
@@ -13,19 +13,6 @@ from lcx.terminal import empty_table
 from lcx.text import MIB, number, visible
 
 SEVERAL = ("model", "dtype", "batch", "seed")  # shown where a sweep has more than one
-
-
-def line(row: Row) -> str:
-    """One row as one line of text."""
-    head = f"{visible(row['method']):<12} {row['length']:>7,} tokens  "
-    if row["status"] != "ok":
-        return f"{head}[{row['status']}] {visible(row['message'])}"
-    return (
-        f"{head}TTFT {number(row['ttft_s'], '7.3f')} s  "
-        f"decode {number(row['decode_s'], '6.1f', 1e-3)} ms  cache {number(row['cache_bytes'], '7.1f', MIB)} MiB "
-        f"({number(row['cache_over_dense'], '.2f')} of dense)  NLL {number(row['nll'], '.4f')} "
-        f"({number(row['nll_minus_dense'], '+.4f')})  KL {number(row['kl'], '.4f')}  [ok]"
-    )
 
 
 COLUMNS = (
