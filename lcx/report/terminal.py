@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -68,6 +69,19 @@ def score_tables(rows: Sequence[Row]) -> list[tuple[str, Table, list[str]]]:
             (f"Tasks at {visible(found.title)}: scores of 0 to 100; ppl, longppl: perplexities", result, messages)
         )
     return shown
+
+
+def show(rows: Sequence[Row], title: str) -> None:
+    """Print the table, the scores of the tasks and the notes."""
+    console = Console(highlight=False)
+    wide = Console(highlight=False, width=max(console.width, 132))
+    wide.print(table(rows, title))
+    for title_of_scores, scored, messages in score_tables(rows):
+        console.print(title_of_scores, markup=False, soft_wrap=True)
+        wide.print(scored)
+        for message in messages:
+            console.print(message, markup=False, soft_wrap=True)
+    console.print(notes(rows), markup=False)
 
 
 def notes(rows: Sequence[Row]) -> str:
