@@ -141,7 +141,7 @@ class Job:
             weight_bits=self.weight_bits,
             batch=self.setting.batch,
             implementation=self.setting.implementation,
-            chunk_size=getattr(experiment.schedule, "size", None),
+            chunk_size=experiment.schedule.chunk_size(),
             length=length,
             new_tokens=self.setting.new_tokens,
             weight_bytes=self.setting.weight_bytes,
