@@ -12,8 +12,7 @@ import pytest
 
 from lcx.errors import UserError
 from lcx.experiment import Sweep
-from lcx.measure.memory import weight_bytes
-from lcx.model_config import ModelConfig
+from lcx.model_config import ModelConfig, weight_bytes
 from lcx.models.decoder import Layers, Model, random_weights
 from lcx.models.loading import Pretrained
 from lcx.sweep.bench import Bench
