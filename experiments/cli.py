@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from lcx.errors import UserError
-from lcx.report.escape import visible
+from lcx.text import visible
 
 _changes: dict[str, str] = {}
 _arguments: list[str] = []

@@ -57,7 +57,7 @@ def _show(found) -> None:
     from rich.text import Text
 
     from lcx.report.compare import RULE
-    from lcx.report.escape import visible
+    from lcx.text import visible
 
     console = Console(highlight=False, markup=False, emoji=False)
     console = Console(highlight=False, markup=False, emoji=False, width=max(console.width, 132))
@@ -93,18 +93,17 @@ def _name(cell) -> str:
 
 
 def _table(found, changed: set[str]):
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     from lcx.report.compare import CELL
-    from lcx.report.escape import visible
+    from lcx.terminal import empty_table
+    from lcx.text import visible
 
     def text(value, style: str = "") -> Text:
         # Text, not str: rich would read [red] as markup
         return Text(visible(value, 100), style)
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table = empty_table()
     # method and length always, the others where they differ
     varies = [i for i, name in enumerate(CELL) if name in ("method", "length") or len({c[i] for c in found.cells}) > 1]
     columns = [(title, name) for title, name in SHOWN if name in changed]

@@ -22,9 +22,10 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    from lcx.report.escape import shown_errors, visible
+    from lcx.report.escape import shown_errors
     from lcx.report.export import check, export
     from lcx.report.source import load
+    from lcx.text import visible
 
     with shown_errors():
         for name in ("workdir", "out"):

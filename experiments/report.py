@@ -24,8 +24,9 @@ def define_flags() -> None:
 
 def main() -> None:
     from lcx.report import write_report
-    from lcx.report.escape import shown_errors, visible
+    from lcx.report.escape import shown_errors
     from lcx.report.source import load
+    from lcx.text import visible
 
     with shown_errors():
         if not FLAGS.workdir:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from lcx.errors import UserError
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -178,6 +180,35 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+SCALE_BYTES = 2  # a float16 scale for each output channel of a matrix in 8 bits
+
+
+def weight_table(config: ModelConfig, dtype, weight_bits: int | None = None) -> dict[str, int]:
+    """Bytes of the weights by kind: "matrices" of the layers, "embed", "lm_head" and "vectors" (norms, biases).
+
+    Args:
+      config: the model, or its part on one device.
+      dtype: of the weights.
+      weight_bits: 8 for the layers' matrices in 8 bits with a float16 scale per output channel, as W8 schemes do; embedding, head
+        and vectors stay in `dtype`.  None: everything in `dtype`.
+    """
+    size = np.dtype(dtype).itemsize
+    table = {"matrices": 0, "embed": 0, "lm_head": 0, "vectors": 0}
+    for name, dims in param_shapes(config).items():
+        if name in ("embed", "lm_head"):
+            table[name] += math.prod(dims) * size
+        elif len(dims) == 2 and weight_bits is not None:
+            table["matrices"] += math.prod(dims) * weight_bits // 8 + dims[1] * SCALE_BYTES
+        else:
+            table["matrices" if len(dims) == 2 else "vectors"] += math.prod(dims) * size
+    return table
+
+
+def weight_bytes(config: ModelConfig, dtype, weight_bits: int | None = None) -> int:
+    """Bytes of all weights, the sum of `weight_table`."""
+    return sum(weight_table(config, dtype, weight_bits).values())
+
+
 def num_params(config: ModelConfig) -> int:
     """Weights of the model, the embedding counted once."""
-    return sum(math.prod(shape) for shape in param_shapes(config).values())
+    return weight_bytes(config, np.int8)

@@ -14,7 +14,7 @@ import pytest
 
 from lcx import texts
 from lcx.pretrained import is_installed
-from lcx.sweep.runner import read_rows
+from lcx.sweep.rows import read_rows
 from lcx.sweep.schema import COLUMNS
 from lcx.sweep.store import Store
 

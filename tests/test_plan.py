@@ -22,13 +22,13 @@ from lcx.config_files import all_configs, load_config
 from lcx.errors import UserError
 from lcx.experiment import Experiment, Sweep
 from lcx.measure.quality import make_session
-from lcx.model_config import ModelConfig
+from lcx.model_config import ModelConfig, weight_table
 from lcx.models.decoder import Layers, Model, random_weights
 from lcx.patterns.minference import MInference
 from lcx.patterns.quest import Quest
 from lcx.plan import Device, device, estimate, plan, shape
 from lcx.plan.check import check
-from lcx.plan.models import planned_aux, shard, weight_table
+from lcx.plan.models import planned_aux, shard
 from lcx.plan.programs import Compiler, compile_options
 from lcx.plan.rows import make_job
 from lcx.plan.search import _last_that_fits

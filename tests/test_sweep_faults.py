@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lcx.pretrained import is_installed
-from lcx.sweep.runner import read_rows
+from lcx.sweep.rows import read_rows
 from lcx.sweep.schema import COLUMNS
 from lcx.sweep.store import Store
 

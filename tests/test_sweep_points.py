@@ -1,6 +1,7 @@
 """Points, what a row holds, and what a folder refuses; on a tiny random model."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,13 @@ import pytest
 
 from lcx.errors import UserError
 from lcx.experiment import Sweep
-from lcx.measure.memory import weight_bytes
-from lcx.model_config import ModelConfig
+from lcx.model_config import ModelConfig, weight_bytes
 from lcx.models.decoder import Layers, Model, random_weights
 from lcx.models.loading import Pretrained
 from lcx.sweep.bench import Bench
 from lcx.sweep.points import Loaded, Settings, jobs, resolve, specs
-from lcx.sweep.runner import open_sweep, read_rows, resolve_all, run_here
+from lcx.sweep.rows import read_rows
+from lcx.sweep.runner import open_sweep, resolve_all, run_here
 from lcx.sweep.schema import BY_NAME, COLUMNS, RATIOS, ratios, whole_row
 from lcx.sweep.store import Owner
 
@@ -279,3 +280,10 @@ def test_the_docs_list_every_column():
     for column in (*COLUMNS, *RATIOS):
         meaning = column.meaning.replace("|", r"\|")
         assert f"| `{column.name}` | {column.kind} | {meaning} | {'measured' if column.measured else ''} |" in text
+
+
+def test_a_sweep_imports_nothing_of_the_report():
+    for path in sorted((Path(__file__).parent.parent / "lcx" / "sweep").glob("*.py")):
+        imports = re.findall(r"^\s*(?:from|import) (lcx\S*)", path.read_text(), re.MULTILINE)
+        up = [name for name in imports if name.startswith("lcx.report")]
+        assert not up, f"{path.name}: the report reads sweeps, not the other way round"

@@ -17,6 +17,7 @@ from test_tokenizer import fields
 from lcx import tasks
 from lcx.errors import UserError
 from lcx.experiment import Experiment
+from lcx.generate import generate
 from lcx.measure import task_scores
 from lcx.measure.quality import make_session, score_text
 from lcx.model_config import ModelConfig
@@ -33,7 +34,6 @@ from lcx.pretrained.gguf_header import open_gguf
 from lcx.pretrained.registry import MODELS, located
 from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked
-from lcx.session import generate
 from lcx.tasks.sizing import largest
 
 BUDGETS = (512, 1_024, 2_048, 4_096)

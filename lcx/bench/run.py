@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +23,10 @@ from lcx.bench import cases, model, order, peers, timing
 from lcx.bench import rows as programs
 from lcx.bench.cases import CHECKED, Case
 from lcx.bench.goals import summary
+from lcx.checkout import git
 from lcx.errors import UserError
 from lcx.plan.targets import compile_device, compile_for, gpu_target, wheel_compiler
 
-ROOT = Path(__file__).parent.parent.parent
 HIDDEN = ("kind", "name", "at_s", "case", "peers", "parts")  # of a printed line; the file has them
 DRIFT = 0.03  # a row whose clock moved by more is marked
 
@@ -55,10 +54,6 @@ class Rows:
 
 def versions() -> dict[str, Any]:
     """What a row needs to be judged later."""
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603, S607
-        return done.stdout.strip()
 
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from pathlib import Path
 
 from lcx.axes import Aux
-from lcx.model_config import ModelConfig, param_shapes
+from lcx.model_config import ModelConfig
 from lcx.recipe import Recipe
 from lcx.segments import num_rows
 from lcx.storage import Shape
@@ -43,11 +42,6 @@ def machine_bytes() -> int | None:
         # the file says "max" where there is no limit
         found.append(int(_CGROUP.read_text()))
     return min(found, default=None)
-
-
-def weight_bytes(model: ModelConfig, dtype) -> int:
-    """Bytes of a model's weights in one type."""
-    return sum(math.prod(shape) for shape in param_shapes(model).values()) * dtype.itemsize
 
 
 def bits_per_value(

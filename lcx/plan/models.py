@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from lcx.pretrained.checkpoints import read_json
 from lcx.pretrained.gguf_header import open_gguf
 from lcx.pretrained.model_configs import SHAPES, config_from_gguf, config_from_hf
 from lcx.pretrained.registry import MODELS, located
-
-SCALE_BYTES = 2  # a float16 scale for each output channel of a matrix in 8 bits
 
 
 def shape(name: str) -> ModelConfig:
@@ -71,27 +68,6 @@ def abstract_layers(config: ModelConfig, dtype) -> Layers:
     head = weights["embed" if config.tied else "lm_head"]
     # layers have the same shapes
     return Layers(config, weights["embed"], weights["norm"], head, (block,) * config.num_layers)
-
-
-def weight_table(config: ModelConfig, dtype, weight_bits: int | None = None) -> dict[str, int]:
-    """Bytes of the weights by kind: "matrices" of the layers, "embed", "lm_head" and "vectors" (norms, biases).
-
-    Args:
-      config: the model, or its part on one device.
-      dtype: of the weights.
-      weight_bits: 8 for the layers' matrices in 8 bits with a float16 scale per output channel, as W8 schemes do; embedding, head
-        and vectors stay in `dtype`.  None: everything in `dtype`.
-    """
-    size = jnp.dtype(dtype).itemsize
-    table = {"matrices": 0, "embed": 0, "lm_head": 0, "vectors": 0}
-    for name, dims in param_shapes(config).items():
-        if name in ("embed", "lm_head"):
-            table[name] += math.prod(dims) * size
-        elif len(dims) == 2 and weight_bits is not None:
-            table["matrices"] += math.prod(dims) * weight_bits // 8 + dims[1] * SCALE_BYTES
-        else:
-            table["matrices" if len(dims) == 2 else "vectors"] += math.prod(dims) * size
-    return table
 
 
 def shard(config: ModelConfig, count: int) -> ModelConfig:

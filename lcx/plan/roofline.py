@@ -11,8 +11,7 @@ import numpy as np
 from lcx.axes import Aux
 from lcx.cache import shape_bytes
 from lcx.experiment import Experiment
-from lcx.model_config import ModelConfig
-from lcx.plan.models import weight_table
+from lcx.model_config import ModelConfig, weight_table
 from lcx.plan.programs import Setting
 from lcx.plan.targets import GpuTarget
 from lcx.recipe import Recipe

@@ -15,10 +15,10 @@ from lcx.axes import Aux
 from lcx.backends.choose import resolve
 from lcx.errors import UserError
 from lcx.experiment import Experiment
-from lcx.model_config import ModelConfig
+from lcx.model_config import ModelConfig, weight_bytes, weight_table
 from lcx.ops.attention import FAR
 from lcx.plan.devices import Device, budget_bytes, check_compiler, device
-from lcx.plan.models import planned_aux, shard, weight_table
+from lcx.plan.models import planned_aux, shard
 from lcx.plan.programs import Compiler, Setting, Timeline, timeline
 from lcx.plan.roofline import Roofline, roofline
 from lcx.plan.search import STEP, TOLERANCE, Check, Curve
@@ -141,7 +141,7 @@ class Job:
             weight_bits=self.weight_bits,
             batch=self.setting.batch,
             implementation=self.setting.implementation,
-            chunk_size=getattr(experiment.schedule, "size", None),
+            chunk_size=experiment.schedule.chunk_size(),
             length=length,
             new_tokens=self.setting.new_tokens,
             weight_bytes=self.setting.weight_bytes,
@@ -213,7 +213,7 @@ def make_job(
         new_tokens,
         batch,
         kind,
-        sum(weight_table(part, kind, weight_bits).values()),
+        weight_bytes(part, kind, weight_bits),
         tuple(steps),
         part.d_model * kind.itemsize if where.count > 1 else 0,
         resolve(implementation, None if where.target is None else where.target.capability),

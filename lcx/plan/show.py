@@ -5,30 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from lcx.plan.devices import device
 from lcx.plan.rows import PlanRow
 from lcx.plan.search import STEP, TOLERANCE
-
-GIB, MIB = 2**30, 2**20
+from lcx.terminal import empty_table
+from lcx.text import GIB, MIB
 
 
 def _gib(value: float) -> str:
     return f"{value / GIB:,.2f}"
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=escape(title),
-        title_justify="left",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
 
 
 COLUMNS = (
@@ -48,7 +36,7 @@ COLUMNS = (
 
 def table(rows: Sequence[PlanRow], title: str) -> Table:
     """The rows of one device, grouped by length."""
-    result = _table(title)
+    result = empty_table(title)
     for name, _ in COLUMNS:
         words = name.partition("\n")[0] in ("method", "most memory in", "temp is", "fits")
         result.add_column(name, justify="left" if words else "right", no_wrap=True)
@@ -62,7 +50,7 @@ def table(rows: Sequence[PlanRow], title: str) -> Table:
 
 def limits(rows: Sequence[PlanRow], title: str) -> Table:
     """The longest context of each method on one device, in multiples of 1,024, beside what its paper claims."""
-    result = _table(title)
+    result = empty_table(title)
     claims = any(_claim(r) for r in rows)
     names = ["method", "longest context\ntokens", "peak there\nGiB", "limited by"]
     for name in (*names, "claimed\ntokens") if claims else names:

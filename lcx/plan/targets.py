@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from lcx.errors import UserError, nearest
-
-MIB = 2**20
+from lcx.text import MIB
 
 
 @dataclass(frozen=True)

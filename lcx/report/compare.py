@@ -15,7 +15,7 @@ from typing import Any
 from lcx.errors import UserError
 from lcx.report.axes import bytes_text, seconds_text
 from lcx.report.source import Source
-from lcx.sweep.schema import Row
+from lcx.sweep.schema import Row, leaves
 from lcx.sweep.store import Job
 
 CELL = ("method", "model", "dtype", "batch", "length", "seed")
@@ -189,7 +189,7 @@ def _setting_notes(
     changed = [cell for cell in shared if a[cell][0].key != b[cell][0].key]
     found: dict[str, int] = {}
     for cell in changed:
-        old, new = _flat(a[cell][0].spec), _flat(b[cell][0].spec)
+        old, new = leaves(a[cell][0].spec), leaves(b[cell][0].spec)
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
                 text = f"{name} {old.get(name)!r} -> {new.get(name)!r}"
@@ -202,13 +202,3 @@ def _setting_notes(
             f"{len(changed)} cells are other points with the same settings: the model's file or a method's arrays changed"
         )
     return notes
-
-
-def _flat(spec: Any, before: str = "") -> dict[str, Any]:
-    """Leaves of a spec by dotted name, without what says the same again."""
-    flat: dict[str, Any] = {}
-    for name, value in spec.items() if isinstance(spec, Mapping) else ():
-        if name in ("columns", "reference"):
-            continue
-        flat |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
-    return flat

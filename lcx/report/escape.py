@@ -8,17 +8,10 @@ from collections.abc import Generator
 from typing import Any
 
 from lcx.errors import UserError
+from lcx.text import visible
 
-LONGEST = 600  # characters of a text that are shown
 # what spreadsheets take for a formula; the last four are the same signs in full width
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
-
-
-def visible(text: Any, longest: int = LONGEST) -> str:
-    """The text with control characters, escape sequences and invisible characters written out, cut after `longest`."""
-    text = str(text)
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:longest])
-    return shown + ("…" if len(text) > longest else "")
 
 
 def plot_text(text: Any, longest: int = 40) -> str:

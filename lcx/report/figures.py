@@ -1,6 +1,6 @@
 """Figures of a sweep's rows, for pages, files and notebooks.
 
-Rows are dicts as `runner.read_rows` or `runner.run_here` give.  Each function makes a figure, one row of panels for each model, type and
+Rows are dicts as `read_rows` or `run_here` give.  Each function makes a figure, one row of panels for each model, type and
 batch, or draws one of these on axes that are given.  Seeds are averaged; bars span them.  A point that failed is a cross on top, at its
 length, with its status.
 """

@@ -13,17 +13,20 @@ from matplotlib.figure import Figure
 
 from lcx.report import axes, figures, tables
 from lcx.report.cards import Card, cards
-from lcx.report.escape import Safe, el, join, visible
+from lcx.report.escape import Safe, el, join
 from lcx.report.export import csv_text
 from lcx.report.scores import score_tables
 from lcx.report.source import Source, has_failed
 from lcx.sweep.schema import COLUMNS, Row
 from lcx.sweep.store import OPEN
+from lcx.text import visible
 
 LARGEST = 5_000_000  # bytes of the page
 LARGEST_CSV = 1_000_000  # of the file within it
 MOST_PARETO = 4  # lengths
 MOST_CARDS = 100
+FEW_CARDS = 10  # where more would make the page too large
+MOST_LINES = 40  # of a kind in a card; a spec comes from a file, in which anything may be
 MOST_SCORED = 2_000
 MOST_FAILURES = 500
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -81,11 +84,13 @@ def page(source: Source, capacity: Sequence[str] = ()) -> str:
       UserError: no such GPU.
     """
     before = _figures(source.rows, capacity)
-    after = [*_scores(source.rows), _recipes(cards(source)), _measured(source), _failed(source.rows)]
+    known, after = cards(source), [_measured(source), _failed(source.rows)]
     text = ""
     # the first that fits; an export has what is left out
     for most, orders, whole in ((None, 3, True), (None, 3, False), (2_000, 1, False), (100, 1, False)):
-        text = _document(source, [before, _tables(source.rows, most, orders, whole), *after])
+        recipes = _recipes(known, FEW_CARDS if most == 100 else MOST_CARDS)
+        middle = [_tables(source.rows, most, orders, whole), *_scores(source.rows), recipes]
+        text = _document(source, [before, *middle, *after])
         if len(text.encode()) <= LARGEST:
             break
     return text
@@ -257,9 +262,9 @@ def _scores(rows: Sequence[Row]) -> list[Safe]:
     )
 
 
-def _recipes(found: Sequence[Card]) -> Safe:
-    shown = el("div", *map(_card, found[:MOST_CARDS]), class_="cards")
-    return el("section", el("h2", "Recipes"), shown, _more(len(found), MOST_CARDS, "recipes"), id="recipes")
+def _recipes(known: Sequence[Card], most: int) -> Safe:
+    shown = el("div", *map(_card, known[:most]), class_="cards")
+    return el("section", el("h2", "Recipes"), shown, _more(len(known), most, "recipes"), id="recipes")
 
 
 def _more(count: int, most: int, what: str) -> Safe | None:
@@ -270,12 +275,17 @@ def _more(count: int, most: int, what: str) -> Safe | None:
 
 def _card(card: Card) -> Safe:
     said = ", ".join(f"{n} {status}" for status, n in card.statuses.items())
-    lines = [(axis, el("code", choice)) for axis, choice in card.axes] + [(n, el("code", v)) for n, v in card.settings]
-    lines += [(f"paper: {name}", value if isinstance(value, int | float) else str(value)) for name, value in card.paper]
-    lines += [("exact", join([text, el("br")])) for text in card.exact]
+    groups = (
+        [(axis, el("code", choice)) for axis, choice in card.axes],
+        [(name, el("code", value)) for name, value in card.settings],
+        [(f"paper: {name}", value if isinstance(value, int | float) else str(value)) for name, value in card.paper],
+        [("exact", join([text, el("br")])) for text in card.exact],
+    )
+    lines = [line for group in groups for line in group[:MOST_LINES]]
+    more = _more(max(map(len, groups)), MOST_LINES, "lines of a kind")
     lines += [("config", el("code", card.config)), ("points", said)]
-    about = el("p", card.about) if card.about else el("p", "The config is not at hand.", class_="soft")
-    return el("div", el("h3", card.method), about, tables.pairs(lines), class_="card")
+    about = el("p", card.about) if card.about else el("p", "The config does not describe itself.", class_="soft")
+    return el("div", el("h3", card.method), about, tables.pairs(lines), more, class_="card")
 
 
 def _failed(rows: Sequence[Row]) -> Safe:

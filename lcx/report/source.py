@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lcx.errors import UserError
-from lcx.sweep.schema import BY_NAME, RATIOS, Row, ratios, whole_row
+from lcx.sweep.rows import whole_rows
+from lcx.sweep.schema import BY_NAME, RATIOS, Row
 from lcx.sweep.store import FILE, OPEN, Job, Store, salvage
-
-Points = Sequence[tuple[Job, str, Row | None]]
-LARGEST = 2**63  # what a 64-bit column holds
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Source:
     Attributes:
       workdir: where it lies.
       jobs: of its points, in the sweep's order.
-      rows: whole rows with ratio columns, as `runner.read_rows` gives, in the same order.
+      rows: whole rows with ratio columns, as `rows.read_rows` gives, in the same order.
       runs: records of run.json.
       odd: values that were not of their column's kind and are left out.
     """
@@ -58,35 +55,6 @@ def load(workdir: Path, damaged: bool = False) -> Source:
         points = Store(workdir, create=False).points()
     rows, odd = whole_rows(points)
     return Source(workdir, [job for job, _, _ in points], rows, _runs(workdir / "run.json"), odd)
-
-
-def whole_rows(points: Points) -> tuple[list[Row], int]:
-    """(whole rows with ratios, values left out); as `runner.read_rows`, and a point may lack its reference."""
-    odd, found = 0, {}
-    for job, status, row in points:
-        columns = job.spec.get("columns") if isinstance(job.spec, Mapping) else None
-        columns = columns if isinstance(columns, Mapping) else {}
-        whole = whole_row(job.key, columns, status, row if isinstance(row, Mapping) else None)
-        fit = {name: typed(value, BY_NAME[name].kind) for name, value in whole.items()}
-        odd += sum(fit[name] is None and value is not None for name, value in whole.items())
-        found[job.key] = fit
-    rows = []
-    for job, _, row in points:
-        dense = found.get(job.reference or job.key) if row else None
-        rows.append(found[job.key] | ratios(found[job.key], dense))
-    return rows, odd
-
-
-def typed(value: Any, kind: str) -> Any:
-    """The value if it is of this kind of column, else None."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if kind == "json":
-        return value
-    if kind == "str":
-        return value if isinstance(value, str) else None
-    if kind == "int":
-        return value if number and isinstance(value, int) and abs(value) < LARGEST else None
-    return value if number and abs(value) < LARGEST else None
 
 
 def _runs(path: Path) -> list[dict[str, Any]]:

@@ -10,12 +10,7 @@ from lcx.report import scores
 from lcx.report.escape import Safe, el, join
 from lcx.report.source import ALL_COLUMNS
 from lcx.sweep.schema import Row
-
-MIB = 2**20
-
-
-def number(value: float | None, form: str, unit: float = 1.0) -> str:
-    return "-" if value is None else format(value / unit, form)
+from lcx.text import MIB, number
 
 
 def spread(row: Row, name: str, form: str, unit: float = 1.0) -> str:

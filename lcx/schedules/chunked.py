@@ -19,6 +19,10 @@ class OneShot:
         """Tokens of the widest step."""
         return length
 
+    def chunk_size(self) -> int | None:
+        """Tokens of a chunk; None where the prompt is read in one step."""
+        return None
+
 
 @dataclass(frozen=True)
 class Chunked:
@@ -41,3 +45,6 @@ class Chunked:
 
     def width(self, length):
         return min(self.size, length)
+
+    def chunk_size(self):
+        return self.size

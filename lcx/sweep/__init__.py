@@ -1,1 +1,1 @@
-"""Recipes x context lengths on one model: points, their store, the runner and the figure."""
+"""Recipes x context lengths on one model: points, their store, and the runner."""

@@ -18,6 +18,7 @@ from lcx.errors import UserError
 from lcx.measure import memory
 from lcx.measure.latency import device_name, summary, timed
 from lcx.measure.quality import divergence, make_session, token_nll
+from lcx.model_config import weight_bytes
 from lcx.models.loading import Pretrained
 from lcx.session import Session
 from lcx.session_programs import Compiled
@@ -159,7 +160,7 @@ class Bench:
         experiment, config = point.experiment, self.model.config
         aux, dtype = experiment.load_aux(config), jnp.dtype(self.model.layers.dtype)
         sizes = (config, point.prompt, point.new_tokens)
-        weights = memory.weight_bytes(config, dtype)
+        weights = weight_bytes(config, dtype)
         peak_cache = session.predicted_peak_cache_bytes()
         row: Row = {
             "programs": compiled.num_programs,

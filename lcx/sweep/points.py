@@ -264,7 +264,7 @@ def specs(
     ]
 
 
-def _card(point: Point) -> dict[str, Any]:
+def card_of_point(point: Point) -> dict[str, Any]:
     """What a report says of the point's method, as data: the config need not be at hand, and is not run, when a page is written."""
     experiment = point.experiment
     return {
@@ -284,7 +284,13 @@ def jobs(found: Sequence[Mapping[str, Any]], models: Mapping[str, Loaded]) -> li
         key, reference = dense.get(point.reference_cell, (None, None))
         dense.setdefault(point.reference_cell, (point.key, spec))
         recipe = f"{point.experiment.recipe!r} {point.aux_sha256 or ''}".strip()
-        whole = {**spec, "reference": reference, "recipe": recipe, "card": _card(point), "columns": point.columns}
+        whole = {
+            **spec,
+            "reference": reference,
+            "recipe": recipe,
+            "card": card_of_point(point),
+            "columns": point.columns,
+        }
         group = f"{point.model} {point.dtype} {point.batch} {point.method}"
         result.append((point, Job(point.key, whole, group, key)))
     return result

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from lcx import texts
+from lcx.checkout import revision
 from lcx.errors import UserError
 from lcx.experiment import Experiment
 from lcx.models.loading import Pretrained
 from lcx.recipe import Recipe
-from lcx.report.source import whole_rows
 from lcx.sweep.bench import Bench
+from lcx.sweep.line import line
 from lcx.sweep.points import Loaded, Point, Settings, aux_digest, jobs, specs
-from lcx.sweep.schema import Row, ratios, whole_row
-from lcx.sweep.show import line
+from lcx.sweep.schema import Row, leaves, ratios, whole_row
 from lcx.sweep.store import Job, Store
 
 SHOWN = 6  # differences that a refusal lists
@@ -65,12 +64,12 @@ def differences(old: Sequence[Job], new: Sequence[Job]) -> str:
     before, after = {cell(j): j for j in old}, {cell(j): j for j in new}
     changed: dict[str, int] = {}
     for at in before.keys() & after.keys():
-        a, b = _flat(before[at].spec), _flat(after[at].spec)
+        a, b = leaves(before[at].spec), leaves(after[at].spec)
         for name in sorted(a.keys() | b.keys()):
-            if a.get(name) != b.get(name) and not name.startswith(("columns.", "reference.")):
+            if a.get(name) != b.get(name):
                 text = f"{name} {a.get(name)!r} -> {b.get(name)!r}"
                 changed[text] = changed.get(text, 0) + 1
-        if before[at].key != after[at].key and _plain(a) == _plain(b):
+        if before[at].key != after[at].key and a == b:
             text = "the model's file changed"
             changed[text] = changed.get(text, 0) + 1
     for what, ones, others in (("without", before, after), ("new", after, before)):
@@ -79,22 +78,6 @@ def differences(old: Sequence[Job], new: Sequence[Job]) -> str:
     shown = list(changed)[:SHOWN]
     rest = len(changed) - len(shown)
     return "; ".join(shown) + (f"; and {rest} more" if rest > 0 else "")
-
-
-def _flat(spec: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in spec.items():
-        flat |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
-    return flat
-
-
-def _plain(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return {n: v for n, v in flat.items() if not n.startswith(("columns.", "reference."))}
-
-
-def read_rows(store: Store) -> list[Row]:
-    """Every point's row in the sweep's order, whatever its status, with the ratio columns."""
-    return whole_rows(store.points())[0]
 
 
 def run_here(model: Pretrained, points: Sequence[Point], on_row: Callable[[Row], None] | None = None) -> list[Row]:
@@ -178,7 +161,7 @@ def write_run(
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "argv": sys.argv,
         "flags": dict(flags),
-        "git": _git(),
+        "git": revision(),
         "versions": {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()},
         "machine": {"host": platform.node(), "system": platform.platform(), "cores": os.cpu_count()},
         "environment": {n: os.environ[n] for n in ("XLA_FLAGS", "JAX_PLATFORMS") if n in os.environ},
@@ -201,26 +184,6 @@ def write_run(
         part.replace(path)
     except OSError as error:
         raise UserError(f"workdir: {path} cannot be written: {error.strerror}") from None
-
-
-def _git() -> dict[str, Any] | None:
-    """Revision of the checkout that lcx lies in, and whether it has changes; None outside one."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(  # noqa: S603, fixed words
-            ["git", *words],  # noqa: S607
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        revision = git("rev-parse", "HEAD")
-        return None if revision is None else {"revision": revision, "dirty": bool(git("status", "--porcelain"))}
-    except FileNotFoundError:
-        return None
 
 
 def resolve_all(sweep, settings: Settings, models: Mapping[str, Loaded], **axes) -> tuple[list[Point], list[Job]]:

@@ -121,3 +121,16 @@ def ratios(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> Row:
         "decode_over_dense": over("decode_s", same),
         "nll_minus_dense": None if a is None or b is None else a - b,
     }
+
+
+SAID_AGAIN = ("columns", "reference", "card")  # what the rest of a spec says already
+
+
+def leaves(spec: Any, before: str = "") -> dict[str, Any]:
+    """Return the leaves of a spec by dotted name, without what says the same again."""
+    flat: dict[str, Any] = {}
+    for name, value in spec.items() if isinstance(spec, Mapping) else ():
+        if not before and name in SAID_AGAIN:
+            continue
+        flat |= leaves(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
+    return flat

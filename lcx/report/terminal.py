@@ -1,60 +1,43 @@
-"""A sweep's rows on a terminal: a line as each is done, a table at the end, notes on what the columns count."""
+"""A sweep's rows on a terminal: a table, the scores of the tasks, notes on what the columns count."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lcx.report import scores
-from lcx.report.escape import visible
 from lcx.sweep.schema import Row
+from lcx.terminal import empty_table
+from lcx.text import MIB, number, visible
 
-MIB = 2**20
 SEVERAL = ("model", "dtype", "batch", "seed")  # shown where a sweep has more than one
-
-
-def _number(value, form: str, unit: float = 1.0) -> str:
-    return "-" if value is None else format(value / unit, form)
-
-
-def line(row: Row) -> str:
-    """One row as one line of text."""
-    head = f"{visible(row['method']):<12} {row['length']:>7,} tokens  "
-    if row["status"] != "ok":
-        return f"{head}[{row['status']}] {visible(row['message'])}"
-    return (
-        f"{head}TTFT {_number(row['ttft_s'], '7.3f')} s  "
-        f"decode {_number(row['decode_s'], '6.1f', 1e-3)} ms  cache {_number(row['cache_bytes'], '7.1f', MIB)} MiB "
-        f"({_number(row['cache_over_dense'], '.2f')} of dense)  NLL {_number(row['nll'], '.4f')} "
-        f"({_number(row['nll_minus_dense'], '+.4f')})  KL {_number(row['kl'], '.4f')}  [ok]"
-    )
 
 
 COLUMNS = (
     ("method", lambda r: escape(visible(r["method"]))),
     ("tokens", lambda r: f"{r['length']:,}"),
-    ("TTFT\ns", lambda r: _number(r["ttft_s"], ".2f")),
-    ("prefill\ntok/s", lambda r: _number(r["prefill_tokens_per_s"], ",.0f")),
-    ("decode\nms", lambda r: _number(r["decode_s"], ".1f", 1e-3)),
-    ("p90\nms", lambda r: _number(r["decode_p90_s"], ".1f", 1e-3)),
-    ("compile\ns", lambda r: _number(r["compile_s"], ".1f")),
-    ("cache\nMiB", lambda r: _number(r["cache_bytes"], ".1f", MIB)),
-    ("of\ndense", lambda r: _number(r["cache_over_dense"], ".2f")),
-    ("bits a\nvalue", lambda r: _number(r["bits_per_value"], ".2f")),
-    ("peak\nMiB", lambda r: _number(r["peak_bytes"], ",.0f", MIB)),
-    ("RSS\nMiB", lambda r: _number(r["peak_rss_bytes"], ",.0f", MIB)),
-    ("NLL\nnats", lambda r: _number(r["nll"], ".3f")),
-    ("less\ndense", lambda r: _number(r["nll_minus_dense"], "+.3f")),
-    ("KL\nnats", lambda r: _number(r["kl"], ".3f")),
+    ("TTFT\ns", lambda r: number(r["ttft_s"], ".2f")),
+    ("prefill\ntok/s", lambda r: number(r["prefill_tokens_per_s"], ",.0f")),
+    ("decode\nms", lambda r: number(r["decode_s"], ".1f", 1e-3)),
+    ("p90\nms", lambda r: number(r["decode_p90_s"], ".1f", 1e-3)),
+    ("compile\ns", lambda r: number(r["compile_s"], ".1f")),
+    ("cache\nMiB", lambda r: number(r["cache_bytes"], ".1f", MIB)),
+    ("of\ndense", lambda r: number(r["cache_over_dense"], ".2f")),
+    ("bits a\nvalue", lambda r: number(r["bits_per_value"], ".2f")),
+    ("peak\nMiB", lambda r: number(r["peak_bytes"], ",.0f", MIB)),
+    ("RSS\nMiB", lambda r: number(r["peak_rss_bytes"], ",.0f", MIB)),
+    ("NLL\nnats", lambda r: number(r["nll"], ".3f")),
+    ("less\ndense", lambda r: number(r["nll_minus_dense"], "+.3f")),
+    ("KL\nnats", lambda r: number(r["kl"], ".3f")),
 )
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
     """All rows, grouped by length; a point that is not ok shows its status."""
-    result = _empty_table(title)
+    result = empty_table(title)
     several = [n for n in SEVERAL if len({r[n] for r in rows}) > 1]
     failed = any(r["status"] != "ok" for r in rows)
     for name in (*several, *(name for name, _ in COLUMNS), *(["status"] if failed else [])):
@@ -75,7 +58,7 @@ def score_tables(rows: Sequence[Row]) -> list[tuple[str, Table, list[str]]]:
     """Scores of the tasks: title, table and messages for each length; nothing where no task was asked for."""
     shown = []
     for found in scores.score_tables(rows):
-        result = _empty_table()
+        result = empty_table()
         result.add_column("task", no_wrap=True)
         for method in found.methods:
             result.add_column(escape(visible(method)), justify="right", no_wrap=True)
@@ -88,15 +71,17 @@ def score_tables(rows: Sequence[Row]) -> list[tuple[str, Table, list[str]]]:
     return shown
 
 
-def _empty_table(title: str | None = None) -> Table:
-    return Table(
-        title=None if title is None else escape(visible(title)),
-        title_justify="left",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+def show(rows: Sequence[Row], title: str) -> None:
+    """Print the table, the scores of the tasks and the notes."""
+    console = Console(highlight=False)
+    wide = Console(highlight=False, width=max(console.width, 132))
+    wide.print(table(rows, title))
+    for title_of_scores, scored, messages in score_tables(rows):
+        console.print(title_of_scores, markup=False, soft_wrap=True)
+        wide.print(scored)
+        for message in messages:
+            console.print(message, markup=False, soft_wrap=True)
+    console.print(notes(rows), markup=False)
 
 
 def notes(rows: Sequence[Row]) -> str:

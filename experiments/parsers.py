@@ -1,0 +1,57 @@
+"""Values of flags as text, parsed; every error names the flag, its value and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lcx.errors import UserError
+
+
+def whole_numbers(name: str, text: str, least: int = 1) -> tuple[int, ...]:
+    """Return numbers with commas between.  Raises UserError naming the flag."""
+    parts = [part.strip().replace("_", "") for part in text.split(",")]
+    if not all(part.isdigit() and int(part) >= least for part in parts):
+        raise UserError(
+            f"{name}={text!r}: allowed are whole numbers of at least {least} with commas between, such as 512,1024"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def words(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
+    """Return words with commas between, each of `allowed`."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    for word in found:
+        if word not in allowed:
+            raise UserError(f"{name}={word!r}; allowed are {', '.join(allowed)}")
+    return found
+
+
+def pairs(name: str, text: str) -> dict[str, str | int]:
+    """Return NAME=VALUE pairs with commas between; a whole number becomes one."""
+    found: dict[str, str | int] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise UserError(f"{name}={part!r}: allowed are NAME=VALUE pairs with commas between")
+        found[key] = int(value) if value.isdigit() else value
+    return found
+
+
+def in_bytes(name: str, text: str) -> int:
+    """Return the bytes of a size such as 16GiB, 500MB or 1000000."""
+    units = {
+        "KiB": 2**10,
+        "MiB": 2**20,
+        "GiB": 2**30,
+        "TiB": 2**40,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "TB": 10**12,
+        "": 1,
+    }
+    for unit, factor in units.items():
+        number = text.strip().removesuffix(unit).strip() if text.strip().endswith(unit) else ""
+        if number.replace(".", "", 1).isdigit():
+            return int(float(number) * factor)
+    raise UserError(f"{name}={text!r}: allowed are sizes such as 16GiB or 500MB")

@@ -1,0 +1,19 @@
+"""A row as one line, shown as each point is done."""
+
+from __future__ import annotations
+
+from lcx.sweep.schema import Row
+from lcx.text import MIB, number, visible
+
+
+def line(row: Row) -> str:
+    """One row as one line of text."""
+    head = f"{visible(row['method']):<12} {row['length']:>7,} tokens  "
+    if row["status"] != "ok":
+        return f"{head}[{row['status']}] {visible(row['message'])}"
+    return (
+        f"{head}TTFT {number(row['ttft_s'], '7.3f')} s  "
+        f"decode {number(row['decode_s'], '6.1f', 1e-3)} ms  cache {number(row['cache_bytes'], '7.1f', MIB)} MiB "
+        f"({number(row['cache_over_dense'], '.2f')} of dense)  NLL {number(row['nll'], '.4f')} "
+        f"({number(row['nll_minus_dense'], '+.4f')})  KL {number(row['kl'], '.4f')}  [ok]"
+    )
