@@ -21,6 +21,7 @@ _ACCEPT = flags.DEFINE_bool("accept_licence", False, "You agree to the licence o
 def main() -> None:
     if not _OUT.value or not Path(_OUT.value).parent.is_dir():
         raise UserError(f"out={_OUT.value!r}; allowed is a JSON file in a folder that exists: --out=head_split.json")
+    cli.check_writable("out", _OUT.value)
     # what follows imports jax, which a wrong flag need not wait for
     from lcx.artefacts import head_mass
     from lcx.models.loading import load

@@ -172,6 +172,15 @@ def load(found):
     return lcx.models.loading.load(found.model, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
 
 
+def check_writable(name: str, path: str | Path) -> None:
+    """Refuse, before anything runs, a file that could not be written at the end."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{name}={str(path)!r} is a folder; allowed is a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{name}={str(path)!r} cannot be written; give a file in a folder that may be")
+
+
 def read_text(path: str) -> str:
     """A UTF-8 text file, as `lcx.texts.read_file` gives it."""
     from lcx import texts

@@ -19,6 +19,9 @@ def define_flags() -> None:
     flags.DEFINE_string("prompt_file", None, "A UTF-8 text as the prompt.")
     flags.DEFINE_integer("prompt_tokens", None, "Only so many tokens of the prompt.", lower_bound=1)
     flags.DEFINE_integer("num_tokens", 64, "New tokens at most.", lower_bound=1)
+    flags.DEFINE_enum("draft", None, ["lookup"], "Draft tokens by prompt lookup and check them in one step.")
+    flags.DEFINE_integer("draft_tokens", 10, "Tokens drafted at most.", lower_bound=1)
+    flags.DEFINE_integer("draft_ngram", 2, "Tokens of the longest n-gram that is looked up.", lower_bound=1)
     flags.DEFINE_bool("chat", False, "Put the prompt into the model's chat format.")
 
 
@@ -30,9 +33,11 @@ def main() -> None:
     text = FLAGS.prompt if FLAGS.prompt is not None else cli.read_text(FLAGS.prompt_file)
     model = cli.load(found)
 
-    from lcx.generate import generate
+    from lcx import checks
+    from lcx.greedy import Speculation, decides_by_step, generate
     from lcx.measure.memory import peak_rss_bytes
     from lcx.measure.quality import make_session
+    from lcx.schedules.lookup import Lookup
 
     tokenizer = model.tokenizer
     if FLAGS.chat:
@@ -45,13 +50,18 @@ def main() -> None:
         ids = ids[: FLAGS.prompt_tokens]
     if not ids:
         raise UserError(f"prompt={text!r} has no token")
+    checks.token_ids(ids, 1, model.config.vocab_size)
     model.check_length(len(ids) + FLAGS.num_tokens - 1, FLAGS.allow_extrapolation)
     session = make_session(model.layers, cli.with_budget(found, len(ids)), len(ids), FLAGS.num_tokens - 1)
-    compiled = session.compile(len(ids), [1] if FLAGS.num_tokens > 1 else [])
+    draft = None if FLAGS.draft is None else Lookup(FLAGS.draft_tokens, FLAGS.draft_ngram)
+    width = 0 if draft is None or FLAGS.num_tokens < 3 else 1 + draft.num_tokens
+    why = decides_by_step(session)
+    compiled = session.compile(len(ids), [1] if FLAGS.num_tokens > 1 else [], width, as_stored=why is None)
     stream = tokenizer.stream(skip_special=True)
     start = time.perf_counter()
     first = count = 0
-    for token in generate(session, ids, FLAGS.num_tokens, stop=model.stop_ids, choose=model.choose):
+    tokens = generate(session, ids, FLAGS.num_tokens, stop=model.stop_ids, choose=model.choose, draft=draft)
+    for token in tokens:
         count += 1
         first = first or time.perf_counter() - start
         print(stream.feed(token), end="", flush=True)
@@ -59,11 +69,17 @@ def main() -> None:
     rest = time.perf_counter() - start - first
     speed = f"{(count - 1) / rest:.1f} tokens/s" if count > 1 else "one token"
     peak = peak_rss_bytes()
+    drafted = ""
+    if isinstance(tokens, Speculation):
+        drafted = f" | {tokens.accepted} of {tokens.drafted} drafted tokens accepted"
     print(
-        f"TTFT {first * 1e3:.0f} ms for {len(ids)} tokens | decode {speed} | cache {session.cache_bytes:,} bytes"
+        f"TTFT {first * 1e3:.0f} ms for {len(ids)} tokens | decode {speed}{drafted} | cache {session.cache_bytes:,} bytes"
         f" | compiled in {compiled.seconds:.1f} s" + (f" | peak RSS {peak / 2**30:.2f} GiB" if peak else ""),
         file=sys.stderr,
     )
+    if isinstance(tokens, Speculation):
+        same = "that of plain decoding, up to ties" if why is None else f"that of this method fed the same steps: {why}"
+        print(f"draft {FLAGS.draft}: {len(tokens.widths)} steps; the output is {same}", file=sys.stderr)
 
 
 if __name__ == "__main__":

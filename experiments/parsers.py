@@ -10,7 +10,7 @@ from lcx.errors import UserError
 def whole_numbers(name: str, text: str, least: int = 1) -> tuple[int, ...]:
     """Return numbers with commas between.  Raises UserError naming the flag."""
     parts = [part.strip().replace("_", "") for part in text.split(",")]
-    if not all(part.isdigit() and int(part) >= least for part in parts):
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
         raise UserError(
             f"{name}={text!r}: allowed are whole numbers of at least {least} with commas between, such as 512,1024"
         )
@@ -33,7 +33,7 @@ def pairs(name: str, text: str) -> dict[str, str | int]:
         key, equals, value = part.partition("=")
         if not equals or not key.isidentifier():
             raise UserError(f"{name}={part!r}: allowed are NAME=VALUE pairs with commas between")
-        found[key] = int(value) if value.isdigit() else value
+        found[key] = int(value) if value.isdecimal() else value
     return found
 
 
@@ -52,6 +52,6 @@ def in_bytes(name: str, text: str) -> int:
     }
     for unit, factor in units.items():
         number = text.strip().removesuffix(unit).strip() if text.strip().endswith(unit) else ""
-        if number.replace(".", "", 1).isdigit():
+        if number.replace(".", "", 1).isdecimal():
             return int(float(number) * factor)
     raise UserError(f"{name}={text!r}: allowed are sizes such as 16GiB or 500MB")

@@ -100,7 +100,7 @@ def names_of_implementations(devices) -> list[str | None]:
 
 def _lengths() -> list[int]:
     parts = [part.strip().replace("_", "") for part in FLAGS.lengths.split(",")]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise UserError(f"lengths={FLAGS.lengths!r}: allowed are tokens with commas between, such as 131072,1048576")
     return [int(part) for part in parts]
 
@@ -115,6 +115,7 @@ def _out(name: str, suffixes: tuple[str, ...]) -> Path | None:
         raise UserError(
             f"{name}={value!r}: allowed is a file ending in {' or '.join(suffixes)} in a folder that is there"
         )
+    cli.check_writable(name, path)
     return path
 
 

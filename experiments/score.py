@@ -7,6 +7,7 @@ recipe, then M tokens follow in one step; nll[i] = -log p(token N + i + 1).
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from absl import flags
@@ -42,6 +43,7 @@ def main() -> None:
     out = Path(FLAGS.out)
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise UserError(f"out={FLAGS.out!r}: allowed is a .npz file in a folder that exists")
+    cli.check_writable("out", out)
     found = cli.experiment()
     cli.check_model_free(found)
     text = cli.read_text(FLAGS.text_file)
@@ -65,13 +67,14 @@ def main() -> None:
         np.savez_compressed(file, nll=score.nll, ids=score.ids)
     line = {
         "mean_nll": round(score.mean, 6),
-        "ppl": round(score.perplexity, 4),
+        # above 709 nats a token it is infinite, which JSON has no word for
+        "ppl": round(score.perplexity, 4) if math.isfinite(score.perplexity) else None,
         "tokens": len(score.nll),
         "cache_bytes": score.cache_bytes,
         "seconds": round(score.seconds, 3),
         "out": str(out),
     }
-    print(json.dumps(line))
+    print(json.dumps(line, allow_nan=False))
 
 
 if __name__ == "__main__":

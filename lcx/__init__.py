@@ -21,7 +21,7 @@ _HOME = {
     "Recipe": "lcx.recipe",
     "Segment": "lcx.segments",
     "Session": "lcx.session",
-    "generate": "lcx.generate",
+    "generate": "lcx.greedy",
     "score_text": "lcx.measure.quality",
     "score_continuation": "lcx.measure.quality",
     "run_methods": "lcx.sweep.runner",
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from lcx.config_files import load_config
     from lcx.errors import UserError
     from lcx.experiment import Experiment, Sweep
-    from lcx.generate import generate
+    from lcx.greedy import generate
     from lcx.measure.quality import score_continuation, score_text
     from lcx.models.loading import Pretrained, load
     from lcx.recipe import Recipe

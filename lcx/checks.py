@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from lcx.axes import FACTS
 from lcx.errors import UserError
-from lcx.ops.attention import EMPTY
+from lcx.ops.attention import EMPTY, FAR
 
 
 def whole(name: str, value, least: int, most: int | None = None) -> int:
@@ -20,10 +20,30 @@ def whole(name: str, value, least: int, most: int | None = None) -> int:
     return int(value)
 
 
+def kind(name: str, value, *allowed: type) -> None:
+    """Raise UserError unless `value` is an instance of one of the types."""
+    if not isinstance(value, allowed):
+        words = " or ".join(t.__name__ for t in allowed)
+        raise UserError(f"{name}={brief(value)} is a {type(value).__name__}; allowed is a {words}")
+
+
+def brief(value) -> str:
+    """Return a value as an error shows it, in at most 60 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def listed(name: str, value) -> list:
+    """Return a list, tuple, array or range as a list; raise UserError for anything else."""
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
+        raise UserError(f"{name}={brief(value)} is a {type(value).__name__}; allowed is a list")
+    return list(value)
+
+
 def one_of(name: str, value, allowed: Sequence[str]) -> None:
     """Raise UserError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise UserError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+    if not isinstance(value, str) or value not in allowed:
+        raise UserError(f"{name}={brief(value)}: allowed are {', '.join(allowed)}")
 
 
 def _integers(name: str, values) -> np.ndarray:
@@ -31,10 +51,8 @@ def _integers(name: str, values) -> np.ndarray:
         array = np.asarray(values)
     except ValueError:
         raise UserError(f"{name}: rows of different lengths; pad them on the right and give lengths") from None
-    if array.dtype == object:
-        raise UserError(f"{name}: rows of different lengths; pad them on the right and give lengths")
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise UserError(f"{name} are {array.dtype}; allowed are integers")
+    if array.dtype == object or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise UserError(f"{name}={brief(values)} are {array.dtype}; allowed are integers")
     return array
 
 
@@ -42,7 +60,9 @@ def token_ids(tokens, batch: int, vocab_size: int) -> np.ndarray:
     """Return int32 [B,T] of token ids; raise UserError for a shape that does not fit or an id outside the embedding."""
     array = _integers("tokens", tokens)
     if array.ndim not in (1, 2) or array.size == 0:
-        raise UserError(f"tokens have shape {array.shape}; allowed are [T] and [B,T] with at least one token")
+        raise UserError(
+            f"tokens={brief(tokens)} have shape {array.shape}; allowed are [T] and [B,T] with at least one token"
+        )
     array = np.atleast_2d(array)
     if array.shape[0] != batch:
         raise UserError(f"tokens have shape {array.shape}; the session is for batch {batch}")
@@ -81,18 +101,21 @@ def counts(name: str, given, batch: int) -> np.ndarray:
     return values.astype(np.int32)
 
 
-def positions(pos, shape: tuple[int, ...]) -> np.ndarray:
-    """Return int32 [B,T] of positions, EMPTY or at least 0, each at most once a row."""
+def positions(pos, shape: tuple[int, ...], start: np.ndarray) -> np.ndarray:
+    """Return int32 [B,T] of positions, EMPTY or rising within a row, none before `start` [B], where its text goes on."""
     array = _integers("pos", pos)
-    if array.shape != shape and array.shape != shape[1:]:
+    if array.shape != shape and (1, *array.shape) != shape:
         raise UserError(f"pos have shape {array.shape}; the tokens have {shape}")
     array = array.reshape(shape)
-    if (array < EMPTY).any():
-        raise UserError(f"pos={int(array.min())}: allowed are positions of at least 0, and {EMPTY} for padding")
+    if (array < EMPTY).any() or (array >= FAR).any():
+        wrong = array[(array < EMPTY) | (array >= FAR)][0]
+        raise UserError(f"pos={wrong}: allowed are positions from 0 to {FAR - 1:,}, and {EMPTY} for padding")
     for row, places in enumerate(array):
         real = places[places != EMPTY]
-        if len(np.unique(real)) < len(real):
-            raise UserError(f"pos of row {row} repeat; each token has a position of its own")
+        if (np.diff(real) <= 0).any():
+            raise UserError(f"pos={brief(places.tolist())} of row {row}: allowed are rising positions, each once")
+        if len(real) and real[0] < start[row]:
+            raise UserError(f"pos={real[0]} of row {row} has been read; allowed are positions from {start[row]} on")
     return array.astype(np.int32)
 
 
@@ -100,10 +123,10 @@ def accepted(accept, shape: tuple[int, ...]) -> np.ndarray:
     """Return bool [B,T] from a mask, or from the number of leading tokens of each row."""
     array = np.asarray(accept)
     if array.dtype == bool:
-        if array.shape != shape and array.shape != shape[1:]:
+        if array.shape != shape and (1, *array.shape) != shape:
             raise UserError(f"accept has shape {array.shape}; the peeked tokens have {shape}")
         return array.reshape(shape)
-    leading = counts("accept", np.atleast_1d(array), shape[0])
+    leading = counts("accept", [accept] if array.ndim == 0 else accept, shape[0])
     if (leading > shape[1]).any():
         raise UserError(f"accept={leading.tolist()}: allowed are 0 to {shape[1]} tokens a row")
     return np.arange(shape[1]) < leading[:, None]
@@ -123,8 +146,19 @@ def order(recipe, value: str) -> None:
                 )
 
 
+def aux_of(aux, num_layers: int) -> None:
+    """Raise UserError unless `aux` is None or one dict a layer."""
+    if aux is None:
+        return
+    layers = listed("aux", aux)
+    if len(layers) != num_layers or not all(isinstance(x, Mapping) for x in layers):
+        raise UserError(f"aux={brief(aux)}: allowed is a list of {num_layers} dicts, one a layer")
+
+
 def schedule(recipe, value, prompt: int) -> None:
     """Raise UserError where a recipe needs the prompt in one step and the schedule cuts it."""
+    if not hasattr(value, "width") or not hasattr(value, "steps"):
+        raise UserError(f"schedule={brief(value)}: allowed are OneShot() and Chunked(size)")
     if recipe.one_shot and value.width(prompt) < prompt:
         raise UserError(
             f"{type(recipe.pattern).__name__} needs the whole prompt at once; schedule {value} cuts {prompt} tokens"

@@ -18,7 +18,7 @@ from lcx.backends import choose
 from lcx.cache import Edit, Held, LayerCache, Size, Slots, Store, Tokens
 from lcx.ctx import Ctx, last_places
 from lcx.ops.attention import EMPTY, Partial, Source, merge, slots_of
-from lcx.ops.masks import Near, both
+from lcx.ops.masks import Far, Near, both
 from lcx.ops.visits import Visit
 from lcx.recipe import Recipe
 from lcx.segments import Chain
@@ -112,7 +112,7 @@ def gather_pos(pos: jax.Array, pages: jax.Array, size: int) -> jax.Array:
 
 
 def read(
-    ctx: Ctx, recipe: Recipe, cache: LayerCache, heads: Heads, *, own: bool = True
+    ctx: Ctx, recipe: Recipe, cache: LayerCache, heads: Heads, *, own: bool = True, as_stored: bool = False
 ) -> tuple[jax.Array, jax.Array, Notes, dict[str, dict[str, jax.Array]]]:
     """Attention of one step over what is held and, unless they are held already, its own tokens.
 
@@ -122,6 +122,7 @@ def read(
       cache: as it is before the step writes, or after it where `own` is False.
       heads: the KV heads of named segments.
       own: whether the step's own tokens are read as they are, beside the segments.
+      as_stored: a token reads those before it in the step as the first segment of its chain will hold them.
 
     Returns:
       (out [B,K,G,T,D], lse [B,K,G,T], notes, state): state is the pattern's, by segment, where reading changes it.
@@ -132,7 +133,7 @@ def read(
         if index is not None and index.shape[0] == 0:
             continue
         reading = open_chain(ctx.heads(index), chain, recipe.pattern, cache.segments)
-        part, counted, changed = _read_chain(reading, cache, own)
+        part, counted, changed = _read_chain(reading, cache, own, as_stored)
         parts.append(part)
         rows.append(index)
         for name, count in counted.items():
@@ -142,13 +143,17 @@ def read(
     return whole.out, whole.lse, notes, state
 
 
-def _read_chain(reading: Reading, cache: LayerCache, own: bool) -> tuple[Partial, Notes, dict[str, Any]]:
+def _read_chain(
+    reading: Reading, cache: LayerCache, own: bool, as_stored: bool
+) -> tuple[Partial, Notes, dict[str, Any]]:
     ctx, pattern = reading.ctx, reading.pattern
     held = reading.held(cache.segments)
     sources = {name: h.source for name, h in held.items()}
-    if own:
+    store = held[reading.chain[0].name].store
+    as_stored = own and as_stored and not store.plain
+    if own and not as_stored:
         sources["own"] = ctx.own
-    settings = {"scale": ctx.scale, "mask": ctx.mask, "implementation": ctx.implementation}
+    settings: dict[str, Any] = {"scale": ctx.scale, "mask": ctx.mask, "implementation": ctx.implementation}
     parts, notes, state, listed = [], {}, {}, {}
     if pattern.visits:
         visits = pattern.visit(ctx, held, ctx.own)
@@ -161,7 +166,19 @@ def _read_chain(reading: Reading, cache: LayerCache, own: bool) -> tuple[Partial
     whole = [source for name, source in sources.items() if name not in listed]
     if whole:
         parts.append(choose.attend(ctx.q, whole, ctx.pos, **settings))
+    if as_stored:
+        for source, mask in ((ctx.own, Near(1)), (_own_as_stored(reading, store), Far(1))):
+            parts.append(choose.attend(ctx.q, [source], ctx.pos, **settings | {"mask": both(ctx.mask, mask)}))
     return merge(parts), notes, state
+
+
+def _own_as_stored(reading: Reading, store: Store) -> Source:
+    """The step's own tokens as a segment will hold them: encoded, and decoded where they are read."""
+    ctx = reading.ctx
+    B, T = ctx.pos.shape
+    new = Tokens(ctx.k_raw if reading.raw else ctx.k, ctx.v, ctx.pos[:, None])
+    slots = store.commit(store.empty(B, 1, T, {}), Edit(jnp.arange(T, dtype=jnp.int32)[None, None], new))
+    return held_source(store, slots, ctx.rotate if reading.raw else None)
 
 
 def _rows(chain: Chain, heads: Heads) -> jax.Array | None:

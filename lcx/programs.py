@@ -76,12 +76,12 @@ def run_block(w, x, step: Step, cache, aux, *, order: str = "attend", **static):
     return leave(w, config, x, out), cache, notes
 
 
-def run_peek(w, x, step: Step, cache, aux, **static):
-    """`run_block` that writes nothing: (x, pending, notes); `run_commit` takes the pending arrays."""
+def run_peek(w, x, step: Step, cache, aux, *, as_stored: bool = False, **static):
+    """`run_block` that writes nothing: (x, pending, notes); `run_commit` takes the pending arrays.  `as_stored`: as in `layer.read`."""
     config = static["config"]
     own = enter(w, config, x)
     ctx = _step_ctx(static, aux, step, *own)
-    out, lse, notes, state = read(ctx, static["recipe"], cache, aux.get("heads", {}))
+    out, lse, notes, state = read(ctx, static["recipe"], cache, aux.get("heads", {}), as_stored=as_stored)
     return leave(w, config, x, out), {"own": own, "lse": lse, "state": state}, notes
 
 
@@ -119,7 +119,7 @@ def block_program(state, x, step, cache, aux, *, graph, **static):
     return run_block(_weights(graph, state), x, step, cache, aux, **static)
 
 
-@partial(jax.jit, static_argnames=("graph", *STATIC))
+@partial(jax.jit, static_argnames=("graph", "as_stored", *STATIC))
 def peek_program(state, x, step, cache, aux, *, graph, **static):
     """`run_peek`; nothing is donated."""
     return run_peek(_weights(graph, state), x, step, cache, aux, **static)

@@ -57,7 +57,8 @@ class Session(SessionPrograms):
         super().__init__(model, recipe, prompt, new_tokens, aux, batch, schedule, implementation, order)
         self.cache: list[LayerCache | None] = [None] * self.config.num_layers
         self.next_pos = np.zeros(batch, np.int32)
-        self.written = 0
+        # tokens of each row that have taken room; those that an evicting recipe has dropped among them
+        self.written = np.zeros(batch, np.int64)
         self.pending: tuple[Step, list[Any]] | None = None
         self.peak_cache_bytes = 0
         self.notes: dict[str, jax.Array] = {}
@@ -83,7 +84,7 @@ class Session(SessionPrograms):
         """Forget the texts; compiled programs stay."""
         self.cache = [None] * self.config.num_layers
         self.next_pos = np.zeros(self.batch, np.int32)
-        self.written, self.pending, self.notes = 0, None, {}
+        self.written, self.pending, self.notes = np.zeros(self.batch, np.int64), None, {}
 
     # ---- steps
 
@@ -139,7 +140,7 @@ class Session(SessionPrograms):
         B, T = tokens.shape
         checks.fits("prompt", T, self.prompt)
         real = checks.lengths(lengths, B, T)
-        if self.written:
+        if self.written.any() or self.pending is not None:
             self.reset()
         pos = np.where(np.arange(T) < real[:, None], np.arange(T), EMPTY).astype(np.int32)
         width = self.schedule.width(T)
@@ -158,7 +159,8 @@ class Session(SessionPrograms):
                 for b in np.flatnonzero((real - 1 >= start) & (real - 1 < stop)):
                     wanted[b] = ends[b]
         self.next_pos = real.astype(np.int32)
-        self.written = int(real.max())
+        # what is kept of a shorter prompt has no more slots behind it than what is kept of the longest
+        self.written = np.full_like(self.written, self.prompt) if self.recipe.compresses else real.astype(np.int64)
         if rows == "all":
             return streams[0] if len(streams) == 1 else jnp.concatenate(streams, 1)
         return self.layers.logits(jnp.stack(wanted))
@@ -166,14 +168,17 @@ class Session(SessionPrograms):
     def _embed(self, tokens) -> jax.Array:
         return embed_program(self.layers.embed, jnp.asarray(tokens, jnp.int32), scale=self.config.embed_scale)
 
-    def _room(self, tokens: int) -> None:
-        """Raise UserError where `tokens` more tokens have no place."""
-        room = self.prompt + self.new_tokens
-        if self.written + tokens > room:
+    def _room(self, pos: np.ndarray) -> np.ndarray:
+        """Return int [B] of real tokens a row; raise UserError where they have no place."""
+        tokens = (pos != EMPTY).sum(1)
+        left = self.prompt + self.new_tokens - self.written
+        if (tokens > left).any():
+            row = int((tokens - left).argmax())
             raise UserError(
-                f"a step of {tokens} tokens after {self.written} is beyond the session's room for {self.prompt} + {self.new_tokens}; "
-                "make it with more new_tokens"
+                f"a step of {tokens[row]} tokens is beyond the session's room of {self.prompt} + {self.new_tokens}, of which "
+                f"row {row} has {left[row]} left; make it with more new_tokens"
             )
+        return tokens
 
     def step(self, tokens, *, rows: str = "last"):
         """Feed tokens at their true positions.
@@ -210,34 +215,36 @@ class Session(SessionPrograms):
           UserError: ids, shapes, positions or phase that do not fit, no room left, or a pending `peek`.
         """
         tokens = checks.token_ids(tokens, self.batch, self.config.vocab_size)
-        step = self._place(tokens, pos, phase, left)
-        self._room(tokens.shape[1])
+        pos, step = self._place(tokens, pos, phase, left)
+        real = self._room(pos)
         x = self._blocks(phase, self._embed(tokens), step)
-        self.written += tokens.shape[1]
-        self.next_pos = np.maximum(self.next_pos, np.asarray(pos).reshape(tokens.shape).max(1) + 1).astype(np.int32)
+        self.written += real
+        self.next_pos = np.maximum(self.next_pos, pos.max(1) + 1).astype(np.int32)
         return x
 
-    def _place(self, tokens: np.ndarray, pos, phase: str, left) -> Step:
-        """The checked step of tokens at positions."""
+    def _place(self, tokens: np.ndarray, pos, phase: str, left) -> tuple[np.ndarray, Step]:
+        """The checked positions of a step, for the host and for its programs."""
         if self.pending is not None:
             raise UserError("a peeked step waits for commit(accept); commit it before another step")
         checks.one_of("phase", phase, self.recipe.phases)
-        pos = checks.positions(pos, tokens.shape)
-        if self.written == 0 and phase != PREFILL and self.recipes[PREFILL] != self.recipes[phase]:
+        pos = checks.positions(pos, tokens.shape, self.next_pos)
+        if not self.written.any() and phase != PREFILL and self.recipes[PREFILL] != self.recipes[phase]:
             raise UserError(
                 f"phase={phase!r} before any prompt: this recipe reads its prompt in another way; call prefill first"
             )
         if phase == PREFILL and self.recipe.compresses:
             raise UserError("phase='prefill' by feed: this recipe chooses at the end of the prompt; call prefill")
         rest = np.zeros(self.batch, np.int32) if left is None else checks.counts("left", left, self.batch)
-        return Step(jnp.asarray(pos), jnp.asarray(rest))
+        return pos, Step(jnp.asarray(pos), jnp.asarray(rest))
 
-    def peek(self, tokens, pos=None) -> jax.Array:
+    def peek(self, tokens, pos=None, *, as_stored: bool = False) -> jax.Array:
         """A step that writes nothing until `commit`: x [B,T,E].
 
         Args:
           tokens: int [B,T] (or [T]), such as drafted tokens.
           pos: int [B,T]; None: the next positions of each row.
+          as_stored: each token reads those before it in this step as they will be stored, so that a recipe which keeps every token
+            gives what it gives for steps of one token; False: as they are, like `step`.
 
         Raises:
           UserError: as `feed`, or a session whose order is "write".
@@ -247,17 +254,18 @@ class Session(SessionPrograms):
         tokens = checks.token_ids(tokens, self.batch, self.config.vocab_size)
         if pos is None:
             pos = self.next_pos[:, None] + np.arange(tokens.shape[1], dtype=np.int32)
-        step = self._place(tokens, pos, DECODE, None)
-        self._room(tokens.shape[1])
+        place, step = self._place(tokens, pos, DECODE, None)
+        self._room(place)
         x, pending = self._embed(tokens), []
         self.cache = [self.empty(DECODE, i) if c is None else c for i, c in enumerate(self.cache)]
         for i in range(self.config.num_layers):
-            graph, state = self.layers.layers[i]
-            x, kept, notes = peek_program(
-                state, x, step, self.cache[i], self.aux[i], graph=graph, **self._static(DECODE, i)
-            )
+            args, static = self.peek_call(i, x, step, self.cache[i], as_stored)
+            program = self._programs.get(self.peek_key(i, tokens.shape[1], as_stored))
+            x, kept, notes = peek_program(*args, **static) if program is None else program(*args)
             pending.append(kept)
             self._count(notes)
+            if self.watch is not None:
+                self.watch(DECODE, i, x)
         self.pending = (step, pending)
         return x
 
@@ -278,10 +286,11 @@ class Session(SessionPrograms):
         place = replace(step, pos=jnp.asarray(pos))
         for i, kept in enumerate(pending):
             cache, self.cache[i] = self.cache[i], None
-            self.cache[i] = commit_program(kept, place, cache, self.aux[i], **self._static(DECODE, i))
+            args, static = self.commit_call(i, kept, place, cache)
+            program = self._programs.get(self.commit_key(i, pos.shape[1]))
+            self.cache[i] = commit_program(*args, **static) if program is None else program(*args)
         self.pending = None
-        taken = (pos != EMPTY).sum(1)
-        self.written += int(taken.max())
+        self.written += (pos != EMPTY).sum(1)
         self.next_pos = np.maximum(self.next_pos, pos.max(1) + 1).astype(np.int32)
 
     def forget(self, first: int, last: int | None = None, rows: Sequence[int] | None = None) -> None:
@@ -299,9 +308,9 @@ class Session(SessionPrograms):
         if self.pending is not None:
             raise UserError("a peeked step waits for commit(accept); commit it before forget")
         end = int(self.next_pos.max()) if last is None else last
-        checks.whole("first", first, 0)
+        checks.whole("first", first, 0, end if last is None else None)
         checks.whole("last", end, first)
-        chosen = range(self.batch) if rows is None else rows
+        chosen = range(self.batch) if rows is None else checks.listed("rows", rows)
         span = np.zeros((self.batch, 2), np.int32)
         for row in chosen:
             checks.whole("rows", row, 0, self.batch - 1)

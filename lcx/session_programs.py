@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from lcx.backends.choose import resolve
 from lcx.cache import LayerCache, shape_bytes
 from lcx.ctx import Step
 from lcx.models.decoder import Layers, Model
-from lcx.programs import block_program, repack_program
+from lcx.programs import block_program, commit_program, peek_program, repack_program
 from lcx.recipe import Recipe
 from lcx.schedules.chunked import OneShot
 from lcx.storage import Shape
@@ -63,7 +64,7 @@ class Call:
     """One program of a session with its arguments, arrays or shapes: to be run, compiled ahead or planned.
 
     Attributes:
-      name: "prefill", "repack" or "decode".
+      name: "prefill", "repack", "decode", "peek" or "commit".
       layer: the first layer that runs it; layers of one kind share it.
       tokens: of the step; 0 for the end of the prompt.
       key: equal for calls that share a program within a session.
@@ -97,6 +98,8 @@ class SessionPrograms:
         implementation: str | None = None,
         order: str = "attend",
     ):
+        checks.kind("model", model, Model, Layers)
+        checks.kind("recipe", recipe, Recipe)
         checks.whole("prompt", prompt, 1)
         checks.whole("new_tokens", new_tokens, 0)
         checks.whole("batch", batch, 1)
@@ -106,7 +109,8 @@ class SessionPrograms:
         # RoPE may depend on the length of the text
         self.config = self.layers.config.at_length(prompt + new_tokens)
         self.recipe, self.prompt, self.new_tokens, self.batch = recipe, prompt, new_tokens, batch
-        self.schedule = schedule or OneShot()
+        self.schedule = OneShot() if schedule is None else schedule
+        checks.aux_of(aux, self.config.num_layers)
         recipe.check(self.config, aux)
         checks.schedule(recipe, self.schedule, prompt)
         self.shape = Shape(self.config, prompt, new_tokens, batch, self.layers.dtype)
@@ -152,6 +156,26 @@ class SessionPrograms:
         static = self._static(phase, layer) | {"graph": graph, "order": self.order}
         return (state, x, step, cache, self.aux[layer]), static
 
+    def peek_call(self, layer: int, x, step: Step, cache, as_stored: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of `peek_program` for one layer."""
+        graph, state = self.layers.layers[layer]
+        return (state, x, step, cache, self.aux[layer]), self._static(DECODE, layer) | {
+            "graph": graph,
+            "as_stored": as_stored,
+        }
+
+    def peek_key(self, layer: int, tokens: int, as_stored: bool) -> Any:
+        """Equal for layers that share the program of a peeked step."""
+        return "peek", self.kinds[DECODE][layer], tokens, as_stored
+
+    def commit_call(self, layer: int, pending, step: Step, cache) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of `commit_program` for one layer."""
+        return (pending, step, cache, self.aux[layer]), self._static(DECODE, layer)
+
+    def commit_key(self, layer: int, tokens: int) -> Any:
+        """Equal for layers that share the program that writes a peeked step."""
+        return "commit", self.kinds[DECODE][layer], tokens
+
     def repack_call(self, layer: int, cache, empty) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of `repack_program` for one layer; `empty` is a `LayerCache` of decode."""
         kept = {c[0].name: c for c in self.recipes[self._last][layer].chains if c[0].compress is not None}
@@ -175,8 +199,13 @@ class SessionPrograms:
         place: Any = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         return x, Step(place(self.batch, tokens), place(self.batch))
 
-    def calls(self, prefill: int | None = None, steps: Sequence[int] = ()) -> list[Call]:
-        """Every distinct program that `prefill` of this many tokens and steps of these many tokens run, with shapes for arguments."""
+    def calls(
+        self, prefill: int | None = None, steps: Sequence[int] = (), peek: int = 0, as_stored: bool = False
+    ) -> list[Call]:
+        """Every distinct program that `prefill` of this many tokens and steps of these many tokens run, with shapes for arguments.
+
+        `peek`: tokens of a peeked step, with its commit; 0: none is peeked.
+        """
         wanted = [(DECODE, n) for n in steps]
         if prefill is not None:
             wanted.append((PREFILL, self.schedule.width(prefill)))
@@ -201,15 +230,25 @@ class SessionPrograms:
                     if key not in found:
                         call = self.repack_call(i, cache, cache_of(self._last, i))
                         found[key] = Call("repack", i, 0, key, repack_program, *call)
+        for i in range(self.config.num_layers if peek else 0):
+            (x, step), cache, key = self.step_shape(peek), cache_of(DECODE, i), self.peek_key(i, peek, as_stored)
+            if key not in found:
+                args, static = self.peek_call(i, x, step, cache, as_stored)
+                found[key] = Call("peek", i, peek, key, peek_program, args, static)
+                _, pending, _ = jax.eval_shape(partial(peek_program, **static), *args)
+                key = self.commit_key(i, peek)
+                found[key] = Call("commit", i, peek, key, commit_program, *self.commit_call(i, pending, step, cache))
         return list(found.values())
 
-    def compile(self, prefill: int | None = None, steps: Sequence[int] = ()) -> Compiled:
-        """Compile ahead what `prefill` of this many tokens and steps of these many tokens will run.
+    def compile(
+        self, prefill: int | None = None, steps: Sequence[int] = (), peek: int = 0, as_stored: bool = False
+    ) -> Compiled:
+        """Compile ahead what `prefill` of this many tokens and steps of these many tokens will run; arguments as in `calls`.
 
         Without it each program is compiled when it is first needed.
         """
         start = time.perf_counter()
-        calls = self.calls(prefill, steps)
+        calls = self.calls(prefill, steps, peek, as_stored)
         fresh = [call for call in calls if call.key not in self._programs]
         lowered = [call.program.lower(*call.args, **call.static) for call in fresh]
         # XLA compiles outside the interpreter's lock, most of the time on one core

@@ -14,7 +14,7 @@ from naive_model import NaiveModel, turn
 from tiny import ATOL, TINY, layers, text, weights
 
 from lcx.axes import KeepAll
-from lcx.generate import generate
+from lcx.greedy import generate
 from lcx.model_config import Rope, num_params, param_shapes
 from lcx.models.decoder import Model
 from lcx.models.rope import inverse_frequencies, rotate

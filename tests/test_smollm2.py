@@ -11,7 +11,7 @@ import pytest
 import lcx
 from lcx import texts
 from lcx.config_files import load_config
-from lcx.generate import generate
+from lcx.greedy import generate
 from lcx.measure.quality import continue_session, make_session, score_continuation, score_text, token_nll
 from lcx.ops.attention import EMPTY
 from lcx.pretrained import is_installed

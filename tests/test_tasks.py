@@ -17,7 +17,7 @@ from test_tokenizer import fields
 from lcx import tasks
 from lcx.errors import UserError
 from lcx.experiment import Experiment
-from lcx.generate import generate
+from lcx.greedy import generate
 from lcx.measure import task_scores
 from lcx.measure.quality import make_session, score_text
 from lcx.model_config import ModelConfig

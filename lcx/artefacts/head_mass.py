@@ -10,9 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lcx import texts
+from lcx import checks, texts
 from lcx.axes import KeepAll
 from lcx.errors import UserError
+from lcx.measure.finite import NotFinite, first_not_finite
 from lcx.models.decoder import Layers, Model
 from lcx.models.loading import Pretrained
 from lcx.ops.attention import merge
@@ -68,14 +69,17 @@ def far_mass(model: Model | Layers, tokens, sink: int, window: int, chunk: int =
       float32 [L,K], 0 to 1.
 
     Raises:
-      UserError: a size out of range, or a text that is too short.
+      UserError: a size out of range, or a text that is too short; NotFinite: logits that are not finite, with layer and step.
     """
     first = SinkWindow(sink, window).budget
     if len(tokens) <= first:
         raise UserError(f"tokens={len(tokens)} must be above sink + window = {first}: nothing lies outside")
     recipe = Recipe((Segment(policy=FarMass(sink, window)),))
     session = Session(model, recipe, len(tokens), schedule=Chunked(min(chunk, len(tokens))))
-    session.prefill(tokens)
+    if not np.isfinite(np.asarray(session.prefill(tokens))).all():
+        raise NotFinite(
+            f"attention of {len(tokens)} tokens: {first_not_finite(session, lambda: session.prefill(tokens))}"
+        )
     found = []
     for layer in session.cache:
         assert layer is not None  # noqa: S101, prefill fills every layer
@@ -99,7 +103,7 @@ def calibrate(model: Pretrained, text: str, tokens: int, sink: int, window: int)
     config = model.config
     ids = model.tokenizer.text_ids(texts.read(text))
     most = min(len(ids), config.context)
-    if not 1 <= tokens <= most:
+    if checks.whole("tokens", tokens, 1) > most:
         raise UserError(f"tokens={tokens}; text {text!r} and the context of {model.name} allow 1 to {most}")
     scores = far_mass(model.layers, ids[:tokens], sink, window)
     flags = {"model": model.name, "text": text, "tokens": tokens, "sink": sink, "window": window}

@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcx import checks
 from lcx.errors import UserError
 from lcx.experiment import Experiment
+from lcx.measure.finite import NotFinite, first_not_finite
 from lcx.models.decoder import Layers
+from lcx.recipe import Recipe
 from lcx.session import Session
 
 ROWS = 256  # logits of so many tokens at a time: 50 MB for a vocabulary of 49,152
@@ -40,7 +43,9 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return float(np.exp(self.mean))
+        """exp of the mean; infinite where that is above 709 nats."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.mean))
 
 
 @jax.jit
@@ -92,16 +97,39 @@ def make_session(layers: Layers, experiment: Experiment, prompt: int, new_tokens
     )
 
 
+def _checked(layers: Layers, experiment: Experiment, ids) -> np.ndarray:
+    """Return ids, int32 [N]; raise UserError for arguments of another kind, or ids that do not fit the model."""
+    checks.kind("layers", layers, Layers)
+    if isinstance(experiment, Recipe):
+        raise UserError("experiment is a Recipe; give lcx.Experiment(recipe)")
+    checks.kind("experiment", experiment, Experiment)
+    if np.ndim(ids) != 1:
+        raise UserError(f"ids={checks.brief(ids)}: allowed is one text, [N]")
+    return checks.token_ids(ids, 1, layers.config.vocab_size)[0]
+
+
+def _finite(session: Session, nll: np.ndarray, again: Callable[[], object]) -> None:
+    """Raise NotFinite, with layer and step of a second run, where a likelihood is nan or infinite."""
+    if not np.isfinite(nll).all():
+        raise NotFinite(f"token {int(np.argmin(np.isfinite(nll)))} of the score: {first_not_finite(session, again)}")
+
+
 def score_text(layers: Layers, experiment: Experiment, ids) -> Score:
-    """Next-token NLL at every position of one pass over `ids` [N]: nll [N-1]."""
-    ids = np.asarray(ids, np.int32)
+    """Next-token NLL at every position of one pass over `ids` [N]: nll [N-1].
+
+    Raises:
+      UserError: ids that do not fit, before anything runs; NotFinite: a likelihood that is not finite, with layer and step.
+    """
+    ids = _checked(layers, experiment, ids)
     if len(ids) < 2:
         raise UserError(f"num_tokens={len(ids)} must be at least 2: the first token is not predicted")
     start = time.perf_counter()
     session = make_session(layers, experiment, len(ids) - 1)
-    x = session.prefill(ids[:-1], rows="all")[0]
-    nll = token_nll(layers, x, ids[1:])
-    return Score(nll, ids, session.cache_bytes, time.perf_counter() - start)
+    run = lambda: session.prefill(ids[:-1], rows="all")
+    nll = token_nll(layers, run()[0], ids[1:])
+    score = Score(nll, ids, session.cache_bytes, time.perf_counter() - start)
+    _finite(session, nll, run)
+    return score
 
 
 def continue_session(session: Session, ids, prompt: int) -> jax.Array:
@@ -121,13 +149,26 @@ def score_continuation(layers: Layers, experiment: Experiment, ids, prompt: int)
 
     Returns:
       Score with nll[i] = -log p(ids[prompt + i + 1]), [M].
+
+    Raises:
+      UserError: ids or sizes that do not fit, before anything runs; NotFinite: a likelihood that is not finite, with layer and step.
     """
-    ids = np.asarray(ids, np.int32)
+    ids = _checked(layers, experiment, ids)
+    prompt = checks.whole("prompt", prompt, 1)
     count = len(ids) - prompt - 1
-    if prompt < 1 or count < 1:
-        raise UserError(f"prompt_tokens={prompt} and continuation_tokens={count} must be at least 1")
+    if count < 1:
+        raise UserError(
+            f"prompt_tokens={prompt} and continuation_tokens={count} must be at least 1: {len(ids)} ids are a prompt, the tokens "
+            "after it and one more"
+        )
     start = time.perf_counter()
     session = make_session(layers, experiment, prompt, count)
-    session.prefill(ids[:prompt])
-    nll = token_nll(layers, continue_session(session, ids, prompt), ids[prompt + 1 :])
-    return Score(nll, ids, session.cache_bytes, time.perf_counter() - start)
+
+    def run():
+        session.prefill(ids[:prompt])
+        return continue_session(session, ids, prompt)
+
+    nll = token_nll(layers, run(), ids[prompt + 1 :])
+    score = Score(nll, ids, session.cache_bytes, time.perf_counter() - start)
+    _finite(session, nll, run)
+    return score

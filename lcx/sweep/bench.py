@@ -16,6 +16,7 @@ from lcx import texts
 from lcx.cache import device_bytes, shape_bytes
 from lcx.errors import UserError
 from lcx.measure import memory
+from lcx.measure.finite import NotFinite, first_not_finite
 from lcx.measure.latency import device_name, summary, timed
 from lcx.measure.quality import divergence, make_session, token_nll
 from lcx.model_config import weight_bytes
@@ -27,10 +28,6 @@ from lcx.sweep.schema import Row
 
 # what jaxlib says when memory is short
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "bad_alloc", "Unable to allocate")
-
-
-class NotFinite(Exception):
-    """A value of the run is nan or infinite; says where the first one stood."""
 
 
 class Bench:
@@ -116,7 +113,12 @@ class Bench:
         nll = token_nll(layers, x, ids[:, prompt + 1 : end + 1].reshape(-1))
         steps = [timed(lambda t=t: session.step(ids[:, t : t + 1]))[1] for t in range(end, point.text_tokens - 1)]
         if not np.isfinite(nll).all():
-            raise NotFinite(where_not_finite(session, ids, prompt, end))
+
+            def again():
+                session.prefill(ids[:, :prompt])
+                session.step(ids[:, prompt:end], rows="all")
+
+            raise NotFinite(first_not_finite(session, again))
         kl, top1 = self._divergence(point, reference, x)
         ttft_s, decode = summary(ttft), summary(steps[len(steps) - settings.decode_steps :])
         device_peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -211,26 +213,6 @@ def memory_limit() -> int | None:
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     return memory.machine_bytes()
-
-
-def where_not_finite(session: Session, ids: np.ndarray, prompt: int, end: int) -> str:
-    """Runs the point again and names the first layer and step whose output is not finite."""
-    found: list[str] = []
-    steps = [0]
-
-    def watch(phase: str, layer: int, x: jax.Array) -> None:
-        if layer == 0:
-            steps[0] += 1
-        if not found and not bool(jnp.isfinite(x).all()):
-            name = f"prefill step {steps[0]}" if phase == "prefill" else "the continuation's step"
-            found.append(f"layer {layer} (of 0 to {session.config.num_layers - 1}), {name}: output not finite")
-
-    session.reset()
-    session.watch = watch
-    session.prefill(ids[:, :prompt])
-    session.step(ids[:, prompt:end], rows="all")
-    session.watch = None
-    return found[0] if found else "logits: not finite, though every layer's output is"
 
 
 def _segment_bytes(cache: list[Any], shapes: bool = False) -> dict[str, int]:

@@ -51,10 +51,8 @@ class Settings:
 
     def __post_init__(self):
         for name in ("continuation", "decode_steps", "repeats", "samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.warmups < 0:
-            raise UserError(f"warmups={self.warmups} must be at least 0")
+            checks.whole(name, getattr(self, name), 1)
+        checks.whole("warmups", self.warmups, 0)
         for task in self.tasks:
             if task not in TASKS:
                 raise UserError(f"tasks={task!r}; allowed are {', '.join(TASKS)}")

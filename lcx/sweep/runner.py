@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcx import texts
+from lcx import checks, texts
 from lcx.checkout import revision
 from lcx.errors import UserError
 from lcx.experiment import Experiment
@@ -127,12 +127,15 @@ def run_methods(
     Raises:
       UserError: a method that does not suit the model or a length; nothing has run then.
     """
-    settings = settings or Settings(repeats=3, decode_steps=16)
+    settings = Settings(repeats=3, decode_steps=16) if settings is None else settings
+    checks.kind("model", model, Pretrained)
+    checks.kind("settings", settings, Settings)
+    checks.whole("batch", batch, 1)
     points = []
-    for length in lengths:
-        if length <= settings.continuation:
+    for length in checks.listed("lengths", lengths):
+        if checks.whole("lengths", length, 1) <= settings.continuation:
             raise UserError(f"lengths: {length} must be above the continuation of {settings.continuation} tokens")
-        for name, method in methods.items():
+        for name, method in _named(methods).items():
             experiment = method if isinstance(method, Experiment) else Experiment(method)
             if experiment.recipe.has_budget:
                 experiment = experiment.with_budget(length - settings.continuation, None, keep_ratio)
@@ -141,7 +144,23 @@ def run_methods(
             point = Point(name, experiment, model.name, model.sha256, length, settings, dtype, batch, 0, digest)
             point.check(model.config)
             points.append(point)
+    if len({point.key for point in points}) < len(points) or not points:
+        raise UserError(f"lengths={checks.brief(lengths)}: give at least one, each once")
+    bench = Bench(model)
+    for point in points:
+        checks.token_ids(bench.passages(point), batch, model.config.vocab_size)
     return run_here(model, points, on_row or (lambda row: print(line(row), flush=True)))
+
+
+def _named(methods: Mapping[str, Experiment | Recipe]) -> Mapping[str, Experiment | Recipe]:
+    """The methods; raises UserError unless they are named and each is an Experiment or a Recipe."""
+    checks.kind("methods", methods, Mapping)
+    if not methods:
+        raise UserError(f"methods={methods!r}: give at least one, the dense one first")
+    for name, method in methods.items():
+        checks.kind("methods: name", name, str)
+        checks.kind(f"methods[{name!r}]", method, Experiment, Recipe)
+    return methods
 
 
 def write_run(

@@ -1,0 +1,41 @@
+"""Where the first value of a run that is not finite stands: the run again, with every layer's output looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lcx.errors import UserError
+from lcx.session import Session
+
+
+class NotFinite(UserError):
+    """A result that is nan or infinite: the weights or the method have failed."""
+
+
+def first_not_finite(session: Session, run: Callable[[], object]) -> str:
+    """Run again from an empty cache and name the first layer and step whose output is not finite.
+
+    Args:
+      session: forgets its texts.
+      run: what gave the value: prefill, then steps, of this session.
+    """
+    found: list[str] = []
+    steps = {"prefill": 0, "decode": 0}
+
+    def watch(phase: str, layer: int, x: jax.Array) -> None:
+        if layer == 0:
+            steps[phase] = steps.get(phase, 0) + 1
+        if not found and not bool(jnp.isfinite(x).all()):
+            last = session.config.num_layers - 1
+            found.append(f"layer {layer} (of 0 to {last}), {phase} step {steps[phase]}: output not finite")
+
+    session.reset()
+    session.watch = watch
+    try:
+        run()
+    finally:
+        session.watch = None
+    return found[0] if found else "logits: not finite, though every layer's output is"
