@@ -47,6 +47,7 @@ class Case:
     Attributes:
       prompt: tokens of the longer prompt.
       changes: dotted field of the experiment -> text, on top of the classes' small sizes.
+      shrink: whether the classes' small sizes are taken.
       causal: at small sizes too, a token does not matter to those before it; not where the end of the prompt chooses for all queries.
       any_chunk: how the prompt is cut does not matter even at small sizes.
       config: the experiment itself, where no file in configs/ has it.
@@ -54,6 +55,7 @@ class Case:
 
     prompt: int = PROMPT
     changes: dict[str, str] = field(default_factory=dict, hash=False)
+    shrink: bool = True
     causal: bool = True
     any_chunk: bool = False
     config: Experiment | None = field(default=None, hash=False)
@@ -68,9 +70,7 @@ CASES = {
     "xattention": Case(any_chunk=True),
     "minference": Case(prompt=200, causal=False),
     # pages of 64 tokens
-    "int4_pages": Case(
-        prompt=150, changes={"recipe.segments.0.0.policy.page": "64", "recipe.segments.0.0.policy.keep": "16"}
-    ),
+    "int4_pages": Case(prompt=150, shrink=False, changes={"recipe.segments.0.0.policy.keep": "16"}),
 }
 # methods that no file in configs/ joins
 COMPOSED = {
@@ -110,8 +110,9 @@ def recipe_of(name, setting, tokens=PROMPT + NEW):
     case = case_of(name)
     experiment = load_config(f"configs/{name}.py") if case.config is None else case.config
     if case.config is None:
-        shrink = lambda part: replace(part, **part.small)
-        experiment = replace(experiment, recipe=experiment.recipe.map_parts(shrink))
+        if case.shrink:
+            shrink = lambda part: replace(part, **part.small)
+            experiment = replace(experiment, recipe=experiment.recipe.map_parts(shrink))
         for key, text in case.changes.items():
             experiment = change(experiment, key, text)
     recipe = replace(experiment.recipe, rounding=ROUNDING)
