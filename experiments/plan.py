@@ -119,6 +119,10 @@ def _out(name: str, suffixes: tuple[str, ...]) -> Path | None:
     return path
 
 
+def _named_by_implementation(job):
+    return replace(job, method=f"{job.method}, {job.setting.implementation.partition(',')[0]}")
+
+
 def main() -> None:
     from rich.console import Console
 
@@ -148,7 +152,7 @@ def main() -> None:
         if console.is_terminal:
             row = rows[0]
             limit = "no limit" if row.limit_tokens is None else f"{row.limit_tokens:,} tokens"
-            console.print(f"{row.method} on {row.device}: longest {limit}", markup=False, soft_wrap=True)
+            console.print(f"{row.job.method} on {row.job.device.name}: longest {limit}", markup=False, soft_wrap=True)
 
     start = time.perf_counter()
     rows = []
@@ -163,16 +167,13 @@ def main() -> None:
             implementation=name,
             **settings,
         )
-        several = FLAGS.implementation is not None and "," in FLAGS.implementation
-        rows += (
-            [replace(row, method=f"{row.method}, {row.implementation.partition(',')[0]}") for row in more]
-            if several
-            else more
-        )
+        if FLAGS.implementation is not None and "," in FLAGS.implementation:
+            more = [replace(row, job=_named_by_implementation(row.job)) for row in more]
+        rows += more
     seconds = time.perf_counter() - start
     wide = Console(highlight=False, width=max(console.width, 132))
     for where in devices:
-        mine = [row for row in rows if row.device == where.name]
+        mine = [row for row in rows if row.job.device.name == where.name]
         title = f"{model.name} on {where.name}, predicted"
         wide.print(show.table(mine, title))
         wide.print(show.limits(mine, f"Longest context on {where.name}"))

@@ -117,12 +117,12 @@ def _plan(sweep, settings, models, axes) -> None:
     with console.status("compiling ...") as status:
 
         def on_row(row) -> None:
-            status.update(f"compiled {row.method}, {row.length:,} tokens, {row.device}")
+            status.update(f"compiled {row.job.method}, {row.at.length:,} tokens, {row.job.device.name}")
 
         rows = planned_rows(found, shapes, devices, on_row)
     wide = Console(highlight=False, width=max(console.width, 132))
-    for table in dict.fromkeys((r.device, r.model, r.dtype, r.batch) for r in rows):
-        mine = [r for r in rows if (r.device, r.model, r.dtype, r.batch) == table]
+    for table in dict.fromkeys((r.job.device.name, r.job.model.name, r.job.dtype, r.job.setting.batch) for r in rows):
+        mine = [r for r in rows if (r.job.device.name, r.job.model.name, r.job.dtype, r.job.setting.batch) == table]
         where, model, dtype, batch = table
         wide.print(show.table(mine, f"{model} on {where}, {dtype}, batch {batch}, predicted; tokens are the prompt's"))
         for line in show.notes(mine):

@@ -30,7 +30,7 @@ from lcx.plan import Device, device, estimate, plan, shape
 from lcx.plan.check import check
 from lcx.plan.models import planned_aux, shard
 from lcx.plan.programs import Compiler, compile_options
-from lcx.plan.rows import make_job
+from lcx.plan.rows import Asked, make_job
 from lcx.plan.search import _last_that_fits
 from lcx.plan.targets import compile_device, compile_for, gpu_target
 from lcx.policies.duo import duo
@@ -91,15 +91,15 @@ def test_peak_is_the_sum_of_its_terms():
     weights = 4 * (MATRICES + VECTORS + EMBED)
     slots = n + 5
     cache = 3 * (2 * slots * (32 + 32) * 4 + slots * 4)
-    assert (row.weight_bytes, row.cache_bytes, row.peak_cache_bytes) == (weights, cache, cache)
+    assert (row.job.setting.weight_bytes, row.at.cache_bytes, row.at.peak_cache_bytes) == (weights, cache, cache)
     # a chunk holds the residual stream that it reads and the one that it returns, and positions
     stream = 2 * chunk * 48 * 4 + chunk * 4
-    assert row.program == "prefill chunk"
+    assert row.at.program == "prefill chunk"
     # XLA counts the table of pointers to a program's results, 8 bytes each
-    pointers = row.peak_bytes - (weights + cache + stream + row.temp_bytes)
+    pointers = row.at.peak_bytes - (weights + cache + stream + row.at.temp_bytes)
     assert 0 <= pointers <= 8 * 5
     # a row of float32 logits, the last row of the chunk, and the chunk's stream that is still there
-    assert row.peaks["logits"] >= weights + cache + chunk * (48 * 4 + 4) + 48 * 4 + 97 * 4
+    assert row.at.peaks["logits"] >= weights + cache + chunk * (48 * 4 + 4) + 48 * 4 + 97 * 4
 
 
 def test_weights_in_8_bits_have_a_scale_for_each_output_channel():
@@ -107,7 +107,11 @@ def test_weights_in_8_bits_have_a_scale_for_each_output_channel():
     channels = 3 * ((6 + 2 + 2) * 32 + 48 + 80 + 48)
     assert table == {"matrices": MATRICES + 2 * channels, "embed": 2 * EMBED, "lm_head": 0, "vectors": 2 * VECTORS}
     whole, counted = (here(EXPERIMENTS["dense"], 64, weight_bits=bits) for bits in (None, 8))
-    assert whole.peak_bytes - counted.peak_bytes == whole.weight_bytes - counted.weight_bytes > 0
+    assert (
+        whole.at.peak_bytes - counted.at.peak_bytes
+        == whole.job.setting.weight_bytes - counted.job.setting.weight_bytes
+        > 0
+    )
 
 
 CASES = [("dense", 48), ("snapkv", 48), ("snapkv", None)]
@@ -118,7 +122,7 @@ CASES += [pytest.param(name, 48, marks=pytest.mark.slow) for name in EXPERIMENTS
 def test_caches_are_those_of_a_session_that_runs(name, chunk):
     experiment = replace(EXPERIMENTS[name], schedule=Chunked(chunk) if chunk else OneShot())
     n = 200
-    job = make_job(TINY, name, experiment, small(1 << 40), new_tokens=5, dtype="float32")
+    job = make_job(TINY, name, experiment, small(1 << 40), Asked(new_tokens=5, dtype="float32"))
     found = job.timeline(n)
     session = Session(MODEL, experiment.recipe, n, 5, aux=job.aux, schedule=experiment.schedule)
     session.prefill(np.arange(n) % 97)
@@ -132,22 +136,26 @@ def test_the_points_of_a_sweep_are_planned_as_they_would_run():
     found = specs(sweep, settings, models=["tiny"], seeds=(0, 1))
     told = []
     rows = planned_rows(found, {"tiny": TINY}, [small(1 << 40), small((1 << 30) + 1_024)], told.append)
-    assert rows == told and [(r.method, r.fits) for r in rows] == [
+    assert rows == told and [(r.job.method, r.fits) for r in rows] == [
         (name, fits) for fits in (True, False) for name in ("dense", "snapkv")
     ]
     points = [point for point, _ in jobs(found, {"tiny": Loaded(TINY, "")}) if point.seed == 0]
     for row, point in zip(rows, points, strict=False):
         session = make_session(MODEL, point.experiment, point.prompt, point.new_tokens)
         session.prefill(np.zeros(point.prompt, np.int32))
-        assert (row.model, row.length, row.new_tokens) == ("tiny", point.prompt, point.new_tokens)
-        assert (row.cache_bytes, row.peak_cache_bytes) == (session.cache_bytes, session.peak_cache_bytes)
-        assert {"prefill chunk", "logits", "step of 20 tokens", "decode"} <= set(row.peaks)
+        assert (row.job.model.name, row.at.length, row.job.setting.new_tokens) == (
+            "tiny",
+            point.prompt,
+            point.new_tokens,
+        )
+        assert (row.at.cache_bytes, row.at.peak_cache_bytes) == (session.cache_bytes, session.peak_cache_bytes)
+        assert {"prefill chunk", "logits", "step of 20 tokens", "decode"} <= set(row.at.peaks)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_caches_count_what_a_recipe_counts(name):
     experiment = EXPERIMENTS[name].with_chunks(48)
-    job = make_job(TINY, name, experiment, small(1 << 40), new_tokens=5, dtype="float32")
+    job = make_job(TINY, name, experiment, small(1 << 40), Asked(new_tokens=5, dtype="float32"))
     found = job.timeline(300)
     assert found.cache_bytes == experiment.recipe.bytes(TINY, 300, 5, aux=job.aux)
     assert found.peak_cache_bytes >= experiment.recipe.bytes(TINY, 300, 5, phase="prefill", aux=job.aux)
@@ -156,7 +164,7 @@ def test_caches_count_what_a_recipe_counts(name):
 def test_temp_is_that_of_the_programs_that_a_session_compiles():
     experiment = EXPERIMENTS["dense"].with_chunks(48)
     session = Session(MODEL, experiment.recipe, 200, 5, schedule=experiment.schedule)
-    assert here(experiment, 200).temp_bytes == session.compile(200, [1]).temp_bytes
+    assert here(experiment, 200).at.temp_bytes == session.compile(200, [1]).temp_bytes
 
 
 def test_the_limit_fits_and_a_step_more_does_not():
@@ -167,7 +175,7 @@ def test_the_limit_fits_and_a_step_more_does_not():
         for n in (row.limit_tokens, row.limit_tokens + 1_024)
     )
     assert row.limit_tokens % 1_024 == 0 and inside.fits and not outside.fits
-    assert row.limit_program == inside.program and row.limit_bytes == inside.peak_bytes
+    assert row.limit.need.program == inside.at.program and row.limit.need.peak_bytes == inside.at.peak_bytes
 
 
 @pytest.mark.parametrize("power", [1.0, 0.3, 2.0])
@@ -192,12 +200,12 @@ def test_interpolation_is_within_3_percent_of_a_compilation():
     middle = round(math.exp(chance.uniform(math.log(low), math.log(high))))
     lengths, everything = [low, middle, high], [small(1 << 40)]
     first, between, last = plan(TINY, {"knorm": knorm}, everything, lengths, chunk_size=64, limits=False, **SETTINGS)
-    assert (first.source, between.source, last.source) == ("compiled", "interpolated", "compiled")
+    assert (first.at.source, between.at.source, last.at.source) == ("compiled", "interpolated", "compiled")
     true = here(knorm.with_chunks(64), middle)
-    assert between.cache_bytes == true.cache_bytes and between.peak_cache_bytes == true.peak_cache_bytes
-    assert between.peak_bytes == pytest.approx(true.peak_bytes, rel=0.03)
-    assert between.temp_bytes == pytest.approx(true.temp_bytes, rel=0.03)
-    assert between.checks[-1].holds and first.peak_bytes < between.peak_bytes < last.peak_bytes
+    assert between.at.cache_bytes == true.at.cache_bytes and between.at.peak_cache_bytes == true.at.peak_cache_bytes
+    assert between.at.peak_bytes == pytest.approx(true.at.peak_bytes, rel=0.03)
+    assert between.at.temp_bytes == pytest.approx(true.at.temp_bytes, rel=0.03)
+    assert between.checks[-1].holds and first.at.peak_bytes < between.at.peak_bytes < last.at.peak_bytes
 
 
 @pytest.mark.slow
@@ -205,8 +213,8 @@ def test_methods_that_read_the_prompt_in_one_step_are_compiled_at_every_length()
     minference = Experiment(Recipe(pattern=MInference(64, 64)))
     lengths = [1_024, 3_000, 9_000]
     rows = plan(TINY, {"minference": minference}, [small(1 << 40)], lengths, limits=False, **SETTINGS)
-    assert [r.source for r in rows] == ["compiled"] * 3 and rows[1].chunk_size is None
-    assert rows[1].temp_bytes == here(minference, 3_000).temp_bytes
+    assert [r.at.source for r in rows] == ["compiled"] * 3 and rows[1].job.experiment.schedule.chunk_size() is None
+    assert rows[1].at.temp_bytes == here(minference, 3_000).at.temp_bytes
 
 
 def test_no_limit_where_memory_does_not_grow_and_none_where_weights_do_not_fit():
@@ -215,7 +223,7 @@ def test_no_limit_where_memory_does_not_grow_and_none_where_weights_do_not_fit()
     assert (
         row.fits
         and row.limit_tokens is None
-        and row.source == "compiled"
+        and row.at.source == "compiled"
         and "memory does not grow with the context" in row.notes
     )
     (row,) = plan(TINY, window, [small(MIB // 2)], [2_048], chunk_size=64, **SETTINGS)
@@ -224,7 +232,7 @@ def test_no_limit_where_memory_does_not_grow_and_none_where_weights_do_not_fit()
 
 def test_times_count_every_pair_of_query_and_key_once():
     n, chunk = 1_000, 64
-    job = make_job(TINY, "dense", EXPERIMENTS["dense"].with_chunks(chunk), small(1 << 40), dtype="float32")
+    job = make_job(TINY, "dense", EXPERIMENTS["dense"].with_chunks(chunk), small(1 << 40), Asked(dtype="float32"))
     from lcx.plan.roofline import roofline
 
     found = roofline(job.setting, job.experiment, n, None, None, gpu_target("h200"))
@@ -379,9 +387,12 @@ def gpu(name: str) -> Device:
 
 def test_a_gpu_that_is_not_there():
     row = estimate(TINY, EXPERIMENTS["dense"].with_chunks(64), 1_000, 0, "bfloat16", gpu("h200"))
-    assert row.weight_bytes == 2 * (MATRICES + VECTORS + EMBED) and row.memory_bytes == 143_771 * MIB
-    assert row.cache_bytes == 3 * 1_000 * (2 * 64 * 2 + 4)
-    assert row.temp_bytes > 0 and row.fits and row.source == "compiled"
+    assert (
+        row.job.setting.weight_bytes == 2 * (MATRICES + VECTORS + EMBED)
+        and row.job.device.memory_bytes == 143_771 * MIB
+    )
+    assert row.at.cache_bytes == 3 * 1_000 * (2 * 64 * 2 + 4)
+    assert row.at.temp_bytes > 0 and row.fits and row.at.source == "compiled"
 
 
 @pytest.mark.slow
@@ -393,7 +404,7 @@ def test_what_a_compilation_leaves_out_changes_no_buffer(name):
     experiment = experiment if experiment.recipe.one_shot else experiment.with_chunks(2_048)
     # the kernels are not compiled for a CPU
     for target, implementation in ((None, "xla"), (gpu_target("h200"), None)):
-        job = make_job(model, name, experiment, gpu("h200"), implementation=implementation)
+        job = make_job(model, name, experiment, gpu("h200"), Asked(implementation=implementation))
         for part in job.timeline(20_000).parts:
             found = []
             for options in (None, compile_options(target)):
@@ -412,5 +423,5 @@ def test_llama3_8b_on_an_h200_at_a_random_length(name):
     lengths = [131_072, middle, 1_048_576]
     _, row, _ = plan(shape("llama3-8b"), {name: experiment}, [gpu("h200")], lengths)
     true = estimate(shape("llama3-8b"), experiment.with_chunks(2_048), middle, 128, "bfloat16", gpu("h200"))
-    assert row.peak_bytes == pytest.approx(true.peak_bytes, rel=0.03)
-    assert row.temp_bytes == pytest.approx(true.temp_bytes, rel=0.03)
+    assert row.at.peak_bytes == pytest.approx(true.at.peak_bytes, rel=0.03)
+    assert row.at.temp_bytes == pytest.approx(true.at.temp_bytes, rel=0.03)

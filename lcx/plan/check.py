@@ -89,6 +89,6 @@ def check(
     row = estimate(config, experiment, length, new_tokens, dtype, here, batch)
     found, source = measured_peak(config, experiment, length, new_tokens, jnp.dtype(dtype), batch)
     yield (
-        f"{method}, {length:,} tokens: predicted {row.peak_bytes / GIB:.3f} GiB ({row.program}), measured {found / GIB:.3f} GiB "
-        f"({source}), predicted / measured {row.peak_bytes / max(found, 1):.3f}"
+        f"{method}, {length:,} tokens: predicted {row.at.peak_bytes / GIB:.3f} GiB ({row.at.program}), measured {found / GIB:.3f} GiB "
+        f"({source}), predicted / measured {row.at.peak_bytes / max(found, 1):.3f}"
     )

@@ -32,92 +32,84 @@ FAR_BEYOND = 4  # times the longest context that fits; programs of terabytes tak
 
 
 @dataclass(frozen=True)
-class PlanRow:
-    """What one method needs at one context length; bytes are of one device.
+class Asked:
+    """What a plan is asked for, beside the model, the method, the device and the length.
 
     Attributes:
-      model, num_layers, method, device, num_devices, dtype, weight_bits, batch: what was asked for.
-      implementation: of attention, as resolved for the device.
-      chunk_size: tokens of a prefill step; None: one shot.
-      length: tokens of the prompt.
-      new_tokens: tokens that there is room for after it.
-      weight_bytes: as they are counted; `weights` by kind.
-      cache_bytes: the decode cache, as `Recipe.bytes`.
-      peak_cache_bytes: the largest sum of caches that are alive together.
-      temp_bytes: scratch of the program that needs the most memory.
-      peak_bytes: the most memory.
-      program: what needs it.
-      peaks: program -> the most memory while it runs.
-      memory_bytes, reserve_bytes: of the device, and what of it is left alone.
-      fits: whether the peak is within the memory less the reserve.
-      source: "compiled" where `program` was compiled for this length, else "interpolated".
-      limit_tokens: the longest prompt that fits, rounded down to a multiple of 1,024; None: memory does not grow, or not searched.
-      limit_program, limit_bytes: what needs the most memory there, and how much.
-      checks: lengths that were interpolated first and compiled then.
-      times: the roofline, predicted; None on a CPU, which has no vendor's figures.
-      paper: the paper's figures, from the config.
-      notes: what a reader must know.
+      new_tokens: tokens that there is room for after the prompt.
+      batch: texts side by side.
+      dtype: of weights, activations and exact caches.
+      steps: tokens of the steps after the prompt.
+      weight_bits: 8 counts the layers' matrices in 8 bits; None: in `dtype`.
+      reserve_mib: of the device, left alone.
+      budget, keep_ratio: of methods that have a budget; a `keep_ratio` is of the prompt, and of `shortest` tokens at least.
+      implementation: of attention, as in `lcx.backends.choose.resolve`.
+
+    Raises:
+      UserError: a value that is not allowed.
     """
 
-    model: str
-    num_layers: int
-    method: str
-    device: str
-    num_devices: int
-    dtype: str
-    weight_bits: int | None
-    batch: int
-    implementation: str
-    chunk_size: int | None
-    length: int
-    new_tokens: int
-    weight_bytes: int
-    weights: dict[str, int]
-    cache_bytes: int
-    peak_cache_bytes: int
-    temp_bytes: int
-    peak_bytes: int
-    program: str
-    peaks: dict[str, int]
-    memory_bytes: int
-    reserve_bytes: int
-    fits: bool
-    source: str
-    limit_tokens: int | None
-    limit_program: str | None
-    limit_bytes: int | None
-    checks: tuple[Check, ...]
-    times: Roofline | None
-    paper: dict[str, float]
-    notes: tuple[str, ...]
+    new_tokens: int = NEW_TOKENS
+    batch: int = 1
+    dtype: Any = "bfloat16"
+    steps: tuple[int, ...] = (1,)
+    weight_bits: int | None = None
+    reserve_mib: int = RESERVE_MIB
+    budget: int | None = None
+    keep_ratio: float | None = None
+    shortest: int = 1
+    implementation: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    def __post_init__(self):
+        if self.weight_bits not in (None, 8):
+            raise UserError(f"weight_bits={self.weight_bits}: allowed is 8")
+        if self.batch < 1 or self.new_tokens < 0:
+            raise UserError(f"batch={self.batch} must be at least 1 and new_tokens={self.new_tokens} at least 0")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One method on one device; a `keep_ratio` is of the prompt, and of `shortest` tokens at least."""
+    """One method on one device.
+
+    Attributes:
+      model: the whole model.
+      method: name.
+      experiment: the method.
+      device: where it is planned for.
+      asked: the rest of the request.
+      setting: what a session is planned with, of one device.
+      aux: the method's arrays, or None.
+      notes: what a reader must know.
+    """
 
     model: ModelConfig
     method: str
     experiment: Experiment
     device: Device
+    asked: Asked
     setting: Setting
     aux: Aux | None
-    weight_bits: int | None
-    reserve_mib: int
     notes: tuple[str, ...]
-    budget: int | None
-    keep_ratio: float | None
-    shortest: int
+
+    @property
+    def dtype(self) -> str:
+        return jnp.dtype(self.setting.dtype).name
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """Bytes of one device's weights by kind, as they are counted."""
+        return weight_table(self.setting.config, self.setting.dtype, self.asked.weight_bits)
+
+    @property
+    def reserve_bytes(self) -> int:
+        return self.asked.reserve_mib * MIB
 
     def experiment_at(self, length: int) -> Experiment:
-        """With the budget that was asked for; what keeps all tokens has none."""
+        """The experiment with the requested budget; methods that keep every token are returned unchanged."""
         if not self.experiment.recipe.has_budget:
             return self.experiment
         # the search for a limit looks at prompts that are shorter than sinks and observation windows
-        return self.experiment.with_budget(max(length, self.shortest), self.budget, self.keep_ratio)
+        return self.experiment.with_budget(max(length, self.asked.shortest), self.asked.budget, self.asked.keep_ratio)
 
     def timeline(self, length: int) -> Timeline:
         return timeline(self.setting, self.experiment_at(length), length, self.aux)
@@ -125,76 +117,156 @@ class Job:
     def row(
         self, curve: Curve, length: int, limit: int | None, checks: Sequence[Check], extra: Sequence[str]
     ) -> PlanRow:
-        found, peak = curve.timeline(length), curve.peak(length)
-        experiment = self.experiment_at(length)
-        times = None
-        if self.device.target is not None:
-            times = roofline(self.setting, experiment, length, self.aux, self.weight_bits, self.device.target)
-        at_limit = curve.peak(limit) if limit else None
         return PlanRow(
-            model=self.model.name,
-            num_layers=self.model.num_layers,
-            method=self.method,
-            device=self.device.name,
-            num_devices=self.device.count,
-            dtype=jnp.dtype(self.setting.dtype).name,
-            weight_bits=self.weight_bits,
-            batch=self.setting.batch,
-            implementation=self.setting.implementation,
-            chunk_size=experiment.schedule.chunk_size(),
-            length=length,
-            new_tokens=self.setting.new_tokens,
-            weight_bytes=self.setting.weight_bytes,
-            weights=weight_table(self.setting.config, self.setting.dtype, self.weight_bits),
-            cache_bytes=found.cache_bytes,
-            peak_cache_bytes=found.peak_cache_bytes,
-            temp_bytes=peak.temp_bytes,
-            peak_bytes=peak.bytes,
-            program=peak.part.name,
-            peaks=peak.by_program,
-            memory_bytes=self.device.memory_bytes,
-            reserve_bytes=self.reserve_mib * MIB,
-            fits=peak.bytes <= budget_bytes(self.device, self.reserve_mib),
-            source="compiled" if peak.compiled else "interpolated",
-            limit_tokens=limit,
-            limit_program=at_limit.part.name if at_limit else None,
-            limit_bytes=at_limit.bytes if at_limit else None,
+            job=self,
+            at=Need.of(curve, length),
+            limit=None if limit is None else Limit(limit, Need.of(curve, limit) if limit else None),
+            times=self.times(length),
             checks=tuple(checks),
-            times=times,
-            paper=dict(experiment.paper),
             notes=(*self.notes, *extra),
         )
 
+    def times(self, length: int) -> Roofline | None:
+        """The roofline, predicted; None on a CPU, which has no vendor's figures."""
+        target = self.device.target
+        if target is None:
+            return None
+        return roofline(self.setting, self.experiment_at(length), length, self.aux, self.asked.weight_bits, target)
 
-def make_job(
-    model: ModelConfig,
-    method: str,
-    experiment: Experiment,
-    where: Device,
-    *,
-    new_tokens: int = NEW_TOKENS,
-    batch: int = 1,
-    dtype: Any = "bfloat16",
-    steps: Sequence[int] = (1,),
-    weight_bits: int | None = None,
-    reserve_mib: int = RESERVE_MIB,
-    budget: int | None = None,
-    keep_ratio: float | None = None,
-    shortest: int = 1,
-    implementation: str | None = None,
-) -> Job:
+
+@dataclass(frozen=True)
+class Need:
+    """Memory that one device needs at one length.
+
+    Attributes:
+      length: tokens of the prompt.
+      cache_bytes: the decode cache, as `Recipe.bytes`.
+      peak_cache_bytes: the largest sum of caches that are alive together.
+      temp_bytes: scratch of the program that needs the most memory.
+      peak_bytes: the most memory.
+      program: what needs it.
+      peaks: program -> the most memory while it runs.
+      source: "compiled" where `program` was compiled for this length, else "interpolated".
+    """
+
+    length: int
+    cache_bytes: int
+    peak_cache_bytes: int
+    temp_bytes: int
+    peak_bytes: int
+    program: str
+    peaks: dict[str, int]
+    source: str
+
+    @classmethod
+    def of(cls, curve: Curve, length: int) -> Need:
+        caches, peak = curve.timeline(length), curve.peak(length)
+        return cls(
+            length,
+            caches.cache_bytes,
+            caches.peak_cache_bytes,
+            peak.temp_bytes,
+            peak.bytes,
+            peak.part.name,
+            peak.by_program,
+            "compiled" if peak.compiled else "interpolated",
+        )
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The longest prompt that fits.
+
+    Attributes:
+      tokens: rounded down to a multiple of 1,024; 0 where not even the weights fit.
+      need: the memory at that length, or None at 0.
+    """
+
+    tokens: int
+    need: Need | None
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What one method needs at one context length; bytes are of one device.
+
+    Attributes:
+      job: what was asked for.
+      at: the memory that it needs.
+      limit: the longest prompt that fits; None: memory does not grow, or not searched.
+      times: the roofline, predicted; None on a CPU.
+      checks: lengths that were interpolated first and compiled then.
+      notes: what a reader must know.
+    """
+
+    job: Job
+    at: Need
+    limit: Limit | None
+    times: Roofline | None
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the memory less the reserve."""
+        return self.at.peak_bytes <= budget_bytes(self.job.device, self.job.asked.reserve_mib)
+
+    @property
+    def limit_tokens(self) -> int | None:
+        return None if self.limit is None else self.limit.tokens
+
+    @property
+    def need_at_limit(self) -> Need | None:
+        return None if self.limit is None else self.limit.need
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the columns of a stored row."""
+        job, setting, at, most = self.job, self.job.setting, self.at, self.need_at_limit
+        return {
+            "model": job.model.name,
+            "num_layers": job.model.num_layers,
+            "method": job.method,
+            "device": job.device.name,
+            "num_devices": job.device.count,
+            "dtype": job.dtype,
+            "weight_bits": job.asked.weight_bits,
+            "batch": setting.batch,
+            "implementation": setting.implementation,
+            "chunk_size": job.experiment.schedule.chunk_size(),
+            "length": at.length,
+            "new_tokens": setting.new_tokens,
+            "weight_bytes": setting.weight_bytes,
+            "weights": job.weights,
+            "cache_bytes": at.cache_bytes,
+            "peak_cache_bytes": at.peak_cache_bytes,
+            "temp_bytes": at.temp_bytes,
+            "peak_bytes": at.peak_bytes,
+            "program": at.program,
+            "peaks": at.peaks,
+            "memory_bytes": job.device.memory_bytes,
+            "reserve_bytes": job.reserve_bytes,
+            "fits": self.fits,
+            "source": at.source,
+            "limit_tokens": self.limit_tokens,
+            "limit_program": None if most is None else most.program,
+            "limit_bytes": None if most is None else most.peak_bytes,
+            "checks": tuple(dataclasses.asdict(check) for check in self.checks),
+            "times": None if self.times is None else dataclasses.asdict(self.times),
+            "paper": dict(job.experiment.paper),
+            "notes": self.notes,
+        }
+
+
+def make_job(model: ModelConfig, method: str, experiment: Experiment, where: Device, asked: Asked | None = None) -> Job:
     """Check all that can be checked before anything is compiled.
 
     Raises:
       UserError: a recipe that does not suit the model, devices that do not divide it, or a compiler that is missing.
     """
-    if weight_bits not in (None, 8):
-        raise UserError(f"weight_bits={weight_bits}: allowed is 8")
-    if batch < 1 or new_tokens < 0:
-        raise UserError(f"batch={batch} must be at least 1 and new_tokens={new_tokens} at least 0")
-    if budget_bytes(where, reserve_mib) <= 0:
-        raise UserError(f"reserve_mib={reserve_mib}: {where.name} has {where.memory_bytes // MIB:,} MiB")
-    part, kind = shard(model, where.count), jnp.dtype(dtype)
+    asked = asked or Asked()
+    if budget_bytes(where, asked.reserve_mib) <= 0:
+        raise UserError(f"reserve_mib={asked.reserve_mib}: {where.name} has {where.memory_bytes // MIB:,} MiB")
+    part, kind = shard(model, where.count), jnp.dtype(asked.dtype)
     aux, note = planned_aux(experiment, model, where.count)
     try:
         experiment.recipe.check(part, aux)
@@ -210,28 +282,15 @@ def make_job(
         )
     setting = Setting(
         part,
-        new_tokens,
-        batch,
+        asked.new_tokens,
+        asked.batch,
         kind,
-        weight_bytes(part, kind, weight_bits),
-        tuple(steps),
+        weight_bytes(part, kind, asked.weight_bits),
+        tuple(asked.steps),
         part.d_model * kind.itemsize if where.count > 1 else 0,
-        resolve(implementation, None if where.target is None else where.target.capability),
+        resolve(asked.implementation, None if where.target is None else where.target.capability),
     )
-    return Job(
-        model,
-        method,
-        experiment,
-        where,
-        setting,
-        aux,
-        weight_bits,
-        reserve_mib,
-        tuple(notes),
-        budget,
-        keep_ratio,
-        shortest,
-    )
+    return Job(model, method, experiment, where, asked, setting, aux, tuple(notes))
 
 
 def plan(
@@ -259,7 +318,7 @@ def plan(
       chunk_size: tokens of a prefill step, but for methods that need the whole prompt at once.
       limits: whether to search for the longest context that fits.
       on_rows: called with the rows of a method on a device as they are done.
-      settings: keyword arguments of `make_job`: new_tokens, batch, dtype, weight_bits, reserve_mib, budget, keep_ratio, implementation.
+      settings: fields of `Asked`: new_tokens, batch, dtype, weight_bits, reserve_mib, budget, keep_ratio, implementation.
 
     Returns:
       Rows in the order of devices, methods and lengths.
@@ -268,12 +327,13 @@ def plan(
       UserError: wrong input; nothing has been compiled then.
     """
     check_lengths(lengths)
+    asked = Asked(shortest=min(lengths), **settings)
     places = [t if isinstance(t, Device) else device(t) for t in targets]
     jobs = []
     for where in places:
         for method, experiment in experiments.items():
             chunked = experiment if experiment.recipe.one_shot else experiment.with_chunks(chunk_size)
-            job = make_job(model, method, chunked, where, shortest=min(lengths), **settings)
+            job = make_job(model, method, chunked, where, asked)
             for length in lengths:
                 job.experiment_at(length)
             jobs.append(job)
@@ -305,7 +365,7 @@ def _rows(job: Job, compiler: Compiler, lengths: Sequence[int], limits: bool) ->
     curve.compile_ends(low, high)
     limit, notes = None, []
     if limits:
-        limit, certain = curve.limit(budget_bytes(job.device, job.reserve_mib))
+        limit, certain = curve.limit(budget_bytes(job.device, job.asked.reserve_mib))
         if limit is None:
             notes.append("memory does not grow with the context")
         if not certain:
@@ -346,14 +406,15 @@ def estimate(
       batch: texts side by side.
       method: what the row calls it; None: its pattern's name.
       compiler: shared by several estimates, so that what they have in common is compiled once.
-      settings: further keyword arguments of `make_job`, such as steps=(1, 256).
+      settings: further fields of `Asked`, such as steps=(1, 256).
     """
     check_lengths([length])
     if isinstance(target, GpuTarget):
         target = target.name
     where = target if isinstance(target, Device) else device(target or "cpu")
     method = method or type(experiment.recipe.pattern).__name__
-    job = make_job(config, method, experiment, where, new_tokens=new_tokens, batch=batch, dtype=dtype, **settings)
+    asked = Asked(new_tokens=new_tokens, batch=batch, dtype=dtype, **settings)
+    job = make_job(config, method, experiment, where, asked)
     with nullcontext(compiler) if compiler else closing(Compiler()) as shared:
         curve = Curve(shared, where.target, job.timeline)
         curve.compile_ends(length)

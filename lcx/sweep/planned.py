@@ -53,7 +53,8 @@ def planned_rows(
                 compiler=compiler,
                 steps=(settings.continuation, 1),
             )
-            return replace(row, model=spec["model"])
+            named = replace(row.job.model, name=spec["model"])
+            return replace(row, job=replace(row.job, model=named))
 
         rows = []
         # two at a time: while one waits for XLA the other traces
