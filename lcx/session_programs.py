@@ -119,21 +119,22 @@ class SessionPrograms:
         layers = range(self.config.num_layers)
         whole = {phase: [recipe.at(phase, i, self.config) for i in layers] for phase in recipe.phases}
         self.recipes = {phase: [r.program() for r in rs] for phase, rs in whole.items()}
-        given = [jax.tree.map(jnp.asarray, dict(aux[i]) if aux else {}) for i in layers]
-        data = [jax.tree.map(jnp.asarray, self._layer_data(i)) for i in layers]
-        self.aux = [a | ({"data": d} if d else {}) for a, d in zip(given, data, strict=True)]
+        self.aux = [jax.tree.map(jnp.asarray, dict(aux[i]) if aux else {}) for i in layers]
+        # settings as numbers, by phase and layer
+        self.data = {phase: [jax.tree.map(jnp.asarray, r.data()) for r in rs] for phase, rs in whole.items()}
         self._programs: dict[Any, Any] = {}
         self._numbers: dict[Any, int] = {}
         # phase -> a number for each layer; layers that differ neither in recipe nor in shapes share it, and a program
         self.kinds = {phase: [self._kind(phase, i) for i in layers] for phase in self.recipes}
 
-    def _layer_data(self, layer: int) -> dict[str, Any]:
-        """Settings as numbers; those of the last phase for what compresses, of which prefill has none."""
-        return self.recipe.at(self._last, layer, self.config).data()
+    def arrays(self, phase: str, layer: int) -> dict[str, Any]:
+        """What a layer's programs take beside the cache: heads, the method's arrays, and settings as numbers."""
+        data = self.data[phase][layer]
+        return self.aux[layer] | ({"data": data} if data else {})
 
     def _kind(self, phase: str, layer: int) -> int:
         cache = jax.eval_shape(lambda: self.empty(phase, layer))
-        leaves, tree = jax.tree.flatten((cache, self.aux[layer]))
+        leaves, tree = jax.tree.flatten((cache, self.arrays(phase, layer)))
         shapes = tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves)
         key = (phase, self.recipes[phase][layer], self.config.is_local(layer), tree, shapes)
         return self._numbers.setdefault(key, len(self._numbers))
@@ -154,12 +155,12 @@ class SessionPrograms:
         """Arguments of `block_program` for one layer, so that it can be run or compiled ahead."""
         graph, state = self.layers.layers[layer]
         static = self._static(phase, layer) | {"graph": graph, "order": self.order}
-        return (state, x, step, cache, self.aux[layer]), static
+        return (state, x, step, cache, self.arrays(phase, layer)), static
 
     def peek_call(self, layer: int, x, step: Step, cache, as_stored: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of `peek_program` for one layer."""
         graph, state = self.layers.layers[layer]
-        return (state, x, step, cache, self.aux[layer]), self._static(DECODE, layer) | {
+        return (state, x, step, cache, self.arrays(DECODE, layer)), self._static(DECODE, layer) | {
             "graph": graph,
             "as_stored": as_stored,
         }
@@ -170,7 +171,7 @@ class SessionPrograms:
 
     def commit_call(self, layer: int, pending, step: Step, cache) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of `commit_program` for one layer."""
-        return (pending, step, cache, self.aux[layer]), self._static(DECODE, layer)
+        return (pending, step, cache, self.arrays(DECODE, layer)), self._static(DECODE, layer)
 
     def commit_key(self, layer: int, tokens: int) -> Any:
         """Equal for layers that share the program that writes a peeked step."""
@@ -187,7 +188,7 @@ class SessionPrograms:
             "local": self.config.is_local(layer),
             "widths": self.recipe.kept(layer, self.shape),
         }
-        return (cache, fresh, self.aux[layer]), static
+        return (cache, fresh, self.arrays(self._last, layer)), static
 
     def repack_key(self, layer: int) -> Any:
         """Equal for layers that share the program of the end of the prompt."""
