@@ -159,12 +159,11 @@ class Speculation:
 def decides_by_step(session: Session) -> str | None:
     """Name the part by which tokens of one step end up otherwise than if they had been fed one by one; None where no part does."""
     for recipe in session.recipes[DECODE]:
-        for segment, axis, part in recipe.parts():
-            name = f"{type(part).__name__}{f' of {segment!r}' if segment else ''}"
-            if axis == "policy" and not part.ordered:
-                return f"{name} decides after every step"
-            if axis == "codec" and part.page > 1:
-                return f"{name} encodes pages after a step"
-            if axis == "pattern" and (part.visits or part.turns):
-                return f"{name} reads a step's own tokens in another way than those before it"
+        for s in (s for chain in recipe.chains for s in chain):
+            if not s.policy.ordered:
+                return f"{type(s.policy).__name__} of {s.name!r} decides after every step"
+            if s.codec.page > 1:
+                return f"{type(s.codec).__name__} of {s.name!r} encodes pages after a step"
+        if recipe.pattern.visits or recipe.pattern.turns:
+            return f"{type(recipe.pattern).__name__} reads a step's own tokens in another way than those before it"
     return None

@@ -153,7 +153,7 @@ def _read_chain(
     as_stored = own and as_stored and not store.plain
     if own and not as_stored:
         sources["own"] = ctx.own
-    settings = {"scale": ctx.scale, "mask": ctx.mask, "implementation": ctx.implementation}
+    settings: dict[str, Any] = {"scale": ctx.scale, "mask": ctx.mask, "implementation": ctx.implementation}
     parts, notes, state, listed = [], {}, {}, {}
     if pattern.visits:
         visits = pattern.visit(ctx, held, ctx.own)
@@ -167,8 +167,9 @@ def _read_chain(
     if whole:
         parts.append(choose.attend(ctx.q, whole, ctx.pos, **settings))
     if as_stored:
-        for source, mask in ((ctx.own, Near(1)), (_own_as_stored(reading, store), Far(1))):
-            parts.append(choose.attend(ctx.q, [source], ctx.pos, **settings | {"mask": both(ctx.mask, mask)}))
+        own_mask, past_mask = both(ctx.mask, Near(1)), both(ctx.mask, Far(1))
+        for source, mask in ((ctx.own, own_mask), (_own_as_stored(reading, store), past_mask)):
+            parts.append(choose.attend(ctx.q, [source], ctx.pos, **settings | {"mask": mask}))
     return merge(parts), notes, state
 
 

@@ -14,7 +14,8 @@ from lcx.checks import whole
 class Draft(Protocol):
     """A rule that drafts at most `num_tokens` tokens."""
 
-    num_tokens: int
+    @property
+    def num_tokens(self) -> int: ...
 
     def draft(self, ids: np.ndarray, most: int) -> np.ndarray:
         """Return int [n] of drafted tokens, n from 0 to `most`, after the text `ids` [N]."""
