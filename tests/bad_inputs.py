@@ -192,7 +192,13 @@ BAD = [
         draft=Lookup(),
         session=lambda e: lcx.Session(e.layers, lcx.Recipe(), PROMPT, NEW, order="write"),
     ),
-    Bad("Lookup", ("num_tokens=0", "at least 1"), lambda e: Lookup(num_tokens=0), (*GENERATE, "--draft_tokens=0")),
+    Bad(
+        "Lookup",
+        ("num_tokens=0", "at least 1"),
+        lambda e: Lookup(num_tokens=0),
+        (*GENERATE, "--draft_tokens=0"),
+        ("draft_tokens=0",),
+    ),
     Bad("Chunked", ("size=0", "at least 1"), lambda e: Chunked(0), (*GENERATE, "--chunk_size=0"), ("chunk_size=0",)),
     Bad(
         "Experiment.with_budget",
@@ -274,9 +280,11 @@ BAD = [
         "above 0 and at most 1",
         methods={"dense": lcx.Recipe(), "snapkv": SNAP},
         keep_ratio=1.5,
-        command=(*SWEEP, "--config=configs/tova.py", "--keep_ratio=1.5"),
+        command=(*SWEEP, "--config=configs/tova.py", "--keep_ratio=1.5", "--lengths=300"),
     ),
-    Bad("Settings", ("repeats=0", "at least 1"), lambda e: Settings(repeats=0), (*SWEEP, "--repeats=0")),
+    Bad(
+        "Settings", ("repeats=0", "at least 1"), lambda e: Settings(repeats=0), (*SWEEP, "--repeats=0"), ("repeats=0",)
+    ),
     Bad("Settings", ("continuation=1.5", "integer"), lambda e: Settings(continuation=1.5)),
     Bad("Settings", ("tasks='niah'", "ppl"), lambda e: Settings(tasks=("niah",)), (*SWEEP, "--tasks=niah")),
     Bad(

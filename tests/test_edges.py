@@ -17,6 +17,7 @@ from tiny import quick_compilation  # noqa: F401, a fixture
 
 import lcx
 from experiments import cli
+from lcx import texts
 from lcx.errors import UserError
 from lcx.greedy import generate
 from lcx.ops.attention import EMPTY
@@ -50,6 +51,12 @@ def env(tmp_path_factory):
         layers=model.layers,
         session=session,
     )
+
+
+@pytest.fixture(autouse=True)
+def letters(monkeypatch):
+    """The shipped text in letters that the small vocabulary has; other names are refused as ever."""
+    monkeypatch.setattr(texts, "read", lambda name: texts.path(name) and LETTERS * 40)
 
 
 def assert_refused(line: str, words) -> None:
@@ -88,20 +95,15 @@ def test_wrong_input_is_refused_before_anything_runs(env, nothing_runs, bad):
 
 def run_command(monkeypatch, capsys, name, *args):
     """(exit code, stdout, stderr) of a command in this process, its flags defined anew."""
-    module = importlib.import_module(f"experiments.{name}")
-    defined = set(flags.FLAGS)
-    # those of absl, pytest and jax stay; a module that defines its own when it is imported is imported anew
-    ours = {
-        f
-        for f in defined
-        if flags.FLAGS.find_module_defining_flag(f).startswith(("experiments", "__main__", "test_edges"))
-    }
-    for flag in ours:
+    for flag in [f for f in flags.FLAGS if flags.FLAGS.find_module_defining_flag(f).startswith("experiments")]:
         delattr(flags.FLAGS, flag)
     cli._changes.clear()
+    known = sys.modules.get(f"experiments.{name}")
+    module = known or importlib.import_module(f"experiments.{name}")
     if hasattr(module, "define_flags"):
         module.define_flags()
-    else:
+    elif known:
+        # its flags are defined when it is imported
         importlib.reload(module)
     monkeypatch.setattr(sys, "argv", [name, *args])
     code = 0
@@ -262,9 +264,6 @@ def test_nan_that_comes_while_decoding_is_named(env):
 )
 def test_nan_through_a_command_is_one_line_and_exit_code_2(env, monkeypatch, capsys, command):
     name, *args = filled(env, command)
-    if name == "calibrate":
-        # the shipped text has letters that the small vocabulary lacks
-        monkeypatch.setattr("lcx.texts.read", lambda name: LETTERS * 3)
     code, out, err = run_command(monkeypatch, capsys, name, f"--model={env.broken}", *args)
     assert code == 2 and out.strip() == ""
     (line,) = err.strip().splitlines()
