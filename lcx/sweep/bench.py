@@ -141,6 +141,7 @@ class Bench:
             "compile_cache_hits": hits[0],
             "segment_bytes": {name: [segments.get(name, 0), n] for name, n in predicted.items()},
             "device_peak_bytes": device_peak,
+            "overflow": session.overflow,
             "peak_rss_bytes": memory.peak_rss_bytes(),
             "peak_rss_of": "point" if reset else "process",
             "nll": float(nll.mean(dtype=np.float64)),

@@ -65,6 +65,7 @@ COLUMNS = (
     Column("compile_s", "float", "tracing and compiling ahead of all programs, s", True),
     Column("compile_cache_hits", "int", "programs that the persistent compile cache had already", True),
     Column("programs", "int", "distinct programs of layers"),
+    Column("overflow", "int", "pages that a pattern wanted to read and its lists had no place for, over all steps; 0 is exact"),
     Column("cache_bytes", "int", "device bytes of all cache arrays after the prompt; room for the new tokens included"),
     Column("recipe_bytes", "int", "the same as recipe.bytes predicts it"),
     Column("segment_bytes", "json", "cache_bytes by segment: name -> [arrays, predicted]"),
