@@ -28,6 +28,9 @@ def define_flags() -> None:
 def main() -> None:
     if (FLAGS.prompt is None) == (FLAGS.prompt_file is None):
         raise UserError(f"prompt={FLAGS.prompt!r} and prompt_file={FLAGS.prompt_file!r}: give one of them")
+    for name in ("draft_tokens", "draft_ngram"):
+        if FLAGS.draft is None and FLAGS[name].present:
+            raise UserError(f"{name}={FLAGS[name].value} is for drafts; give --draft=lookup too")
     found = cli.experiment()
     cli.check_model_free(found)
     text = FLAGS.prompt if FLAGS.prompt is not None else cli.read_text(FLAGS.prompt_file)

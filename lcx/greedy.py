@@ -157,13 +157,5 @@ class Speculation:
 
 
 def decides_by_step(session: Session) -> str | None:
-    """Name the part by which tokens of one step end up otherwise than if they had been fed one by one; None where no part does."""
-    for recipe in session.recipes[DECODE]:
-        for s in (s for chain in recipe.chains for s in chain):
-            if not s.policy.ordered:
-                return f"{type(s.policy).__name__} of {s.name!r} decides after every step"
-            if s.codec.page > 1:
-                return f"{type(s.codec).__name__} of {s.name!r} encodes pages after a step"
-        if recipe.pattern.visits or recipe.pattern.turns:
-            return f"{type(recipe.pattern).__name__} reads a step's own tokens in another way than those before it"
-    return None
+    """Name the part by which drafted tokens give the text of the same steps, not that of plain decoding; None where no part does."""
+    return checks.by_step(session.recipes[DECODE])
