@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from absl import flags
-from bad_inputs import BAD, CONFIG, DENSE, IDS, NEW, PROMPT, SNAP, VOCAB
+from bad_inputs import BAD, CONFIG, DENSE, H2O6, IDS, NEW, PROMPT, SNAP, VOCAB
 from pretrained_support import hf_weights, write_gguf
 from tiny import quick_compilation  # noqa: F401, a fixture
 
