@@ -290,7 +290,7 @@ BAD = [
         "above 0 and at most 1",
         methods={"dense": lcx.Recipe(), "snapkv": SNAP},
         keep_ratio=1.5,
-        command=(*SWEEP, "--config=configs/tova.py", "--keep_ratio=1.5", "--lengths=300"),
+        command=(*SWEEP, "--config=configs/tova.py", "--keep_ratio=1.5", "--lengths=300", "--allow_extrapolation"),
     ),
     Bad(
         "Settings", ("repeats=0", "at least 1"), lambda e: Settings(repeats=0), (*SWEEP, "--repeats=0"), ("repeats=0",)
