@@ -146,12 +146,26 @@ def order(recipe, value: str) -> None:
                 )
 
 
+def by_step(recipes) -> str | None:
+    """Name the part by which tokens of one step end up otherwise than if they had been fed one by one; None where no part does.
+
+    Args:
+      recipes: of each layer, as they act in decode.
+    """
+    for recipe in dict.fromkeys(recipes):
+        for s in (s for chain in recipe.chains for s in chain):
+            if not s.policy.ordered:
+                return f"{type(s.policy).__name__} of {s.name!r} decides after every step"
+            if s.codec.page > 1:
+                return f"{type(s.codec).__name__} of {s.name!r} encodes pages after a step"
+        if recipe.pattern.visits or recipe.pattern.turns:
+            return f"{type(recipe.pattern).__name__} reads a step's own tokens in another way than those before it"
+    return None
+
+
 def aux_of(aux, num_layers: int) -> None:
-    """Raise UserError unless `aux` is None or one dict a layer."""
-    if aux is None:
-        return
-    one_a_layer = isinstance(aux, Sequence) and len(aux) == num_layers and all(isinstance(x, Mapping) for x in aux)
-    if not one_a_layer:
+    """Raise UserError unless `aux` is None or a list of dicts; `Recipe.check` looks into them."""
+    if aux is not None and not (isinstance(aux, Sequence) and all(isinstance(x, Mapping) for x in aux)):
         raise UserError(f"aux={brief(aux)}: allowed is a list of {num_layers} dicts, one a layer")
 
 

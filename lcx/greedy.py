@@ -104,7 +104,8 @@ class Speculation:
     Attributes:
       drafted, accepted: tokens so far.
       widths: tokens that each step since the prompt wrote.
-      decides: why the output is that of the same recipe fed these widths; None: it is that of plain decoding, up to ties.
+      decides: why the output is that of the same recipe fed these widths; None: it is that of plain decoding, up to ties, and for codes
+        up to values that round the other way: widths differ in the last bit of a sum.
     """
 
     def __init__(
@@ -158,13 +159,10 @@ class Speculation:
 
 
 def decides_by_step(session: Session) -> str | None:
-    """Name the part by which tokens of one step end up otherwise than if they had been fed one by one; None where no part does."""
-    for recipe in session.recipes[DECODE]:
-        for s in (s for chain in recipe.chains for s in chain):
-            if not s.policy.ordered:
-                return f"{type(s.policy).__name__} of {s.name!r} decides after every step"
-            if s.codec.page > 1:
-                return f"{type(s.codec).__name__} of {s.name!r} encodes pages after a step"
-        if recipe.pattern.visits or recipe.pattern.turns:
-            return f"{type(recipe.pattern).__name__} reads a step's own tokens in another way than those before it"
-    return None
+    """Name the part by which drafted tokens give the text of the same steps, not that of plain decoding; None where no part does."""
+    return checks.by_step(session.recipes[DECODE])
+
+
+def all_plain(session: Session) -> bool:
+    """Whether every slot holds keys and values in a float type, so that the last bit of a sum stays the last bit of what is stored."""
+    return all(s.codec.plain for recipe in session.recipes[DECODE] for chain in recipe.chains for s in chain)

@@ -254,10 +254,13 @@ class Session(SessionPrograms):
             gives what it gives for steps of one token; False: as they are, like `step`.
 
         Raises:
-          UserError: as `feed`, or a session whose order is "write".
+          UserError: as `feed`, a session whose order is "write", or `as_stored` for a recipe whose steps are more than their tokens.
         """
         if self.order != "attend":
             raise UserError(f"peek: order={self.order!r} writes before it reads; make the session with order='attend'")
+        why = checks.by_step(self.recipes[DECODE]) if as_stored else None
+        if why is not None:
+            raise UserError(f"as_stored=True: {why}; allowed is as_stored=False")
         tokens = checks.token_ids(tokens, self.batch, self.config.vocab_size)
         if pos is None:
             pos = self.next_pos[:, None] + np.arange(tokens.shape[1], dtype=np.int32)

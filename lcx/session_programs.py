@@ -210,8 +210,10 @@ class SessionPrograms:
 
         `peek`: tokens of a peeked step, with its commit; 0: none is peeked.
         """
-        wanted = [(DECODE, n) for n in steps]
+        wanted = [(DECODE, checks.whole("steps", n, 1)) for n in checks.listed("steps", steps)]
+        checks.whole("peek", peek, 0)
         if prefill is not None:
+            checks.whole("prefill", prefill, 1)
             wanted.append((PREFILL, self.schedule.width(prefill)))
         found: dict[Any, Call] = {}
         shapes: dict[tuple[str, int], LayerCache] = {}

@@ -10,6 +10,7 @@ from pretrained_support import small_config
 
 import lcx
 from lcx.greedy import generate
+from lcx.policies.h2o import H2O
 from lcx.policies.snapkv import SnapKV
 from lcx.schedules.chunked import Chunked
 from lcx.schedules.lookup import Lookup
@@ -21,6 +22,7 @@ VOCAB, CONTEXT = CONFIG.vocab_size, CONFIG.context
 PROMPT, NEW = 12, 4
 IDS = np.random.default_rng(0).integers(0, VOCAB - 1, PROMPT + NEW)
 DENSE = lcx.Experiment(lcx.Recipe())
+H2O6 = lcx.Recipe((lcx.Segment(policy=H2O(budget=6)),))
 SNAP = lcx.Recipe((lcx.Segment(compress=SnapKV(budget=6, window=3)),))
 
 
@@ -95,7 +97,7 @@ BAD = [
     made("schedule=512", "OneShot() and Chunked(size)", schedule=512),
     made("implementation='triton'", "xla, pallas, cudnn", implementation="triton"),
     made("aux=", "list of 2 dicts", aux={"heads": {}}),
-    made("aux=", "list of 2 dicts", aux=[{}]),
+    made("aux has 1 layers", "has 2", aux=[{}]),
     made("'weights'", "heads, arrays", aux=[{"weights": {}}, {}]),
     Bad("Session", ("model=", "Model or Layers"), lambda e: lcx.Session(e.path, lcx.Recipe(), 4)),
     method("prefill", f"token id {VOCAB} at row 1, place 2", f"0 to {VOCAB - 1}", args=([[1, 2, 3], [1, 2, VOCAB]],)),
@@ -145,6 +147,14 @@ BAD = [
         ("order='write'", "order='attend'"),
         lambda e: lcx.Session(e.layers, lcx.Recipe(), PROMPT, NEW, order="write").peek([1]),
     ),
+    Bad(
+        "Session.peek",
+        ("as_stored=True", "H2O", "as_stored=False"),
+        lambda e: lcx.Session(e.layers, H2O6, PROMPT, NEW).peek([1], as_stored=True),
+    ),
+    method("compile", "prefill=0", "at least 1", args=(0,)),
+    method("compile", "steps=0", "at least 1", args=(4, [0])),
+    method("compile", "steps=1", "allowed is a list", args=(4, 1)),
     method("commit", "nothing is pending", "call peek first", args=([1, 1],)),
     peeked("accept=[4]", "0 to 3 tokens", then=lambda s: s.commit([4])),
     peeked("accept=[-1]", "at least 0", then=lambda s: s.commit([-1])),
@@ -280,7 +290,7 @@ BAD = [
         "above 0 and at most 1",
         methods={"dense": lcx.Recipe(), "snapkv": SNAP},
         keep_ratio=1.5,
-        command=(*SWEEP, "--config=configs/tova.py", "--keep_ratio=1.5", "--lengths=300"),
+        command=(*SWEEP, "--config=configs/tova.py", "--keep_ratio=1.5", "--lengths=300", "--allow_extrapolation"),
     ),
     Bad(
         "Settings", ("repeats=0", "at least 1"), lambda e: Settings(repeats=0), (*SWEEP, "--repeats=0"), ("repeats=0",)
@@ -321,6 +331,7 @@ BAD = [
             (("prompt_tokens=9", "the prompt has 3 tokens"), (*GENERATE, "--prompt_tokens=9")),
             (("U+006F",), ("generate", "--model={path}", "--prompt=o")),
             (("draft=guess", "lookup"), (*GENERATE, "--draft=guess")),
+            (("draft_tokens=4", "--draft=lookup"), (*GENERATE, "--draft_tokens=4")),
             (("draft_ngram=0",), (*GENERATE, "--draft=lookup", "--draft_ngram=0")),
             (("text_file=", "cannot be read"), ("generate", "--model={path}", "--prompt_file={folder}")),
             (("out=", "is a folder"), (*SCORE[:-1], "--out={folder}/taken.npz")),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from absl import flags
-from bad_inputs import BAD, CONFIG, DENSE, IDS, NEW, PROMPT, SNAP, VOCAB
+from bad_inputs import BAD, CONFIG, DENSE, H2O6, IDS, NEW, PROMPT, SNAP, VOCAB
 from pretrained_support import hf_weights, write_gguf
 from tiny import quick_compilation  # noqa: F401, a fixture
 
@@ -21,7 +21,6 @@ from lcx import texts
 from lcx.errors import UserError
 from lcx.greedy import generate
 from lcx.ops.attention import EMPTY
-from lcx.policies.h2o import H2O
 from lcx.schedules.lookup import Lookup
 from lcx.sweep.points import Settings
 
@@ -162,7 +161,7 @@ def test_every_entry_has_at_least_five_wrong_inputs():
 # ---- right answers
 
 
-RECIPES = {"dense": lcx.Recipe(), "snapkv": SNAP, "h2o": lcx.Recipe((lcx.Segment(policy=H2O(budget=6)),))}
+RECIPES = {"dense": lcx.Recipe(), "snapkv": SNAP, "h2o": H2O6}
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -267,7 +267,7 @@ def test_points_that_cannot_run_are_one_line(change, message):
 
 def test_settings_are_checked():
     for change, message in (
-        ({"repeats": 0}, "repeats=0 must be at least 1"),
+        ({"repeats": 0}, "repeats=0 must be an integer of at least 1"),
         ({"warmups": -1}, "warmups=-1"),
         ({"tasks": ("niah",)}, "tasks='niah'; allowed are ppl"),
     ):
