@@ -28,6 +28,7 @@ from lcx.codecs.packing import codes_per_byte, pack, unpack
 from lcx.config_files import load_config
 from lcx.ctx import Ctx
 from lcx.errors import UserError
+from lcx.experiment import Experiment
 from lcx.model_config import ModelConfig
 from lcx.models.decoder import Layers, Model, embed_program, logits_program, random_weights
 from lcx.ops.attention import EMPTY
@@ -448,7 +449,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
     want = [[-1, -1 / 3, 1 / 3, 1], [-2, -2 / 3, 2 / 3, 2]]
     np.testing.assert_allclose(levels[BITS.index(2), :, :4], want, rtol=1e-6)
     np.testing.assert_array_equal(KVQuantTables(str(file), q_norm=()).load(TINY)[1]["arrays"]["key_levels"][2, 1, 3], 1)
-    assert KVQuantTables(str(file)).load(TINY, "ab" * 32)
+    KVQuantTables(str(file)).check_weights(TINY, "ab" * 32)
 
 
 MORE = {"key_zero": np.full((2, 2, 32), np.nan, np.float32)}
@@ -476,7 +477,8 @@ def test_other_weights_are_refused(tmp_path):
     file = tmp_path / "a.safetensors"
     store.write(file, arrays_of(), record_of())
     with pytest.raises(UserError, match=r"is for model 'tiny' with sha256 abab.*the weights have cdcd"):
-        KVQuantTables(str(file)).load(TINY, "cd" * 32)
+        Experiment(Recipe((chain(),)), aux=KVQuantTables(str(file))).check_weights(TINY, "cd" * 32)
+    Experiment(Recipe()).check_weights(TINY, "cd" * 32)
 
 
 def header(text: str, length=None) -> bytes:

@@ -83,7 +83,8 @@ def test_likelihood_on_texts_that_the_calibration_did_not_see():
     model = lcx.load("smollm2-135m")
     found = passages(model.tokenizer)
     dense, _ = means(model, Recipe(), None, found)
-    aux = KVQuantTables().load(model.config, model.sha256)
+    KVQuantTables().check_weights(model.config, model.sha256)
+    aux = KVQuantTables().load(model.config)
     above = {}
     for bits in (4, 3, 2):
         nll, session = means(model, Recipe((chain(bits),)), aux, found)

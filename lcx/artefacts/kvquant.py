@@ -296,11 +296,17 @@ class KVQuantTables(AuxSource):
             if bits not in BITS:
                 raise UserError(f"KVQuantTables: q_norm={self.q_norm!r}: allowed are {', '.join(map(str, BITS))}")
 
-    def load(self, model: ModelConfig, sha256: str | None = None) -> Aux:
+    def _read(self, model: ModelConfig) -> store.Artefact:
         path = store.shipped(FOLDER, METHOD, model, AGAIN) if self.file is None else Path(self.file)
-        artefact = store.read(path, METHOD, AGAIN)
-        store.check_model(artefact, model, sha256)
+        return store.read(path, METHOD, AGAIN)
+
+    def load(self, model: ModelConfig) -> Aux:
+        artefact = self._read(model)
+        store.check_model(artefact, model)
         return self._aux(_checked(artefact, model), model.num_layers)
+
+    def check_weights(self, model: ModelConfig, sha256: str) -> None:
+        store.check_model(self._read(model), model, sha256)
 
     def stand_in(self, model: ModelConfig) -> tuple[Aux, str]:
         """Ranges of one, and levels at equal distances, for the memory of models that have none."""
