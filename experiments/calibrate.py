@@ -17,7 +17,9 @@ METHODS = ("head_split", "kvquant")
 
 _METHOD = flags.DEFINE_enum("method", METHODS[0], METHODS, "What is calibrated.")
 _MODEL = flags.DEFINE_string("model", "smollm2-135m", "A name of lcx.pretrained, a GGUF file, a folder or a hub id.")
-_OUT = flags.DEFINE_string("out", "", "File to write: JSON for HeadSplit(file=...), safetensors for KVQuantTables(file=...).")
+_OUT = flags.DEFINE_string(
+    "out", "", "File to write: JSON for HeadSplit(file=...), safetensors for KVQuantTables(file=...)."
+)
 _TEXT = flags.DEFINE_string("text", "pride_and_prejudice", "A name of lcx.texts.")
 _TOKENS = flags.DEFINE_integer(
     "tokens", None, "Tokens of the text that are read, from its beginning; head_split: 4,096, kvquant: 16,384."

@@ -227,6 +227,17 @@ def test_bits_are_those_of_index_value_and_range(bits, channels, keys, values):
     assert 8 * size["v"] / (R * D * N) == pytest.approx(values, abs=6e-4)
 
 
+def test_no_outliers_leave_no_places():
+    k, v = (np.random.default_rng(i).normal(size=(1, 2, 9, 16)).astype(np.float32) for i in range(2))
+    arrays = tables_of(2, 16)
+    got_k, got_v, held = through(KVQuant(4, 0.0), arrays, k, v, positions([9], 9))
+    assert held.payload.keys() == {"k", "v", "v_zero", "v_scale"}
+    many_k, many_v, _ = through(KVQuant(4, 0.1), arrays, k, v, positions([9], 9))
+    assert (
+        np.abs(got_k - k).mean() >= np.abs(many_k - k).mean() and np.abs(got_v - v).mean() > np.abs(many_v - v).mean()
+    )
+
+
 # ---- in a session
 
 
@@ -397,7 +408,9 @@ def test_calibration_of_a_tiny_model_equals_the_oracles():
             np.testing.assert_allclose(arrays[f"{name}_levels_{bits}"][layer], kvquant.q_norm(x, got), atol=5e-3)
 
 
-@pytest.mark.parametrize("changes", [{"tokens": 100}, {"piece": 1}, {"outliers": 0.5}, {"weight": "mass"}, {"tokens": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"tokens": 100}, {"piece": 1}, {"outliers": 0.5}, {"weight": "mass"}, {"tokens": 0}]
+)
 def test_settings_out_of_range_are_refused(changes):
     with pytest.raises(UserError, match=next(iter(changes))):
         Settings(**changes)
@@ -518,7 +531,9 @@ def test_a_hostile_file_gives_one_line(tmp_path, name):
     file.write_bytes(HOSTILE[name])
     with pytest.raises(UserError) as error:
         KVQuantTables(str(file)).load(TINY)
-    assert "\n" not in str(error.value) and str(file) in str(error.value) and len(str(error.value)) < 400 + len(str(file))
+    assert (
+        "\n" not in str(error.value) and str(file) in str(error.value) and len(str(error.value)) < 400 + len(str(file))
+    )
 
 
 def test_missing_and_oversized_files_give_one_line(tmp_path):
@@ -567,9 +582,8 @@ def memory_plan(phase, tokens, dtype, target, bits=4):
 
     aux, _ = KVQuantTables().stand_in(LLAMA3_8B)
     implementation = resolve(None, target.capability if target else None)
-    session = Session(
-        shapes_of(LLAMA3_8B, dtype), Recipe((chain(bits),)), LLAMA3_8B.context, 0, aux=aux, implementation=implementation
-    )
+    layers, recipe = shapes_of(LLAMA3_8B, dtype), Recipe((chain(bits),))
+    session = Session(layers, recipe, LLAMA3_8B.context, 0, aux=aux, implementation=implementation)
     held = jax.eval_shape(lambda: session.empty(phase, 0))
     x, step = session.step_shape(tokens)
     args, static = session.block_call(phase, 0, x, step, held)

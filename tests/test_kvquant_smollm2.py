@@ -75,7 +75,8 @@ def stored(session):
         real = np.asarray(codes.pos[0, 0]) != EMPTY
         for name in used:
             used[name] += float((np.asarray(codes.payload[name + "_at"])[0, 0, real] < C).mean(0).sum()) / C
-    whole = 8 * sum(x.nbytes for x in jax.tree.leaves(session.cache)) / (2 * C * (PROMPT + CONTINUATION)) / len(session.cache)
+    values = len(session.cache) * 2 * C * (PROMPT + CONTINUATION)
+    whole = 8 * sum(x.nbytes for x in jax.tree.leaves(session.cache)) / values
     return bits["k"], bits["v"], whole, *(used[n] / len(session.cache) for n in ("k", "v"))
 
 
@@ -96,6 +97,7 @@ def test_likelihood_on_texts_that_the_calibration_did_not_see():
         )
         for (name, i, _), base, more in zip(found, dense, above[bits], strict=True):
             print(f"  {name} {i}: dense {base:.4f}, above it {more:+.4f}")
-        print(f"  mean {above[bits].mean():+.4f}, standard error {above[bits].std(ddof=1) / len(found) ** 0.5:.4f}", flush=True)
+        error = above[bits].std(ddof=1) / len(found) ** 0.5
+        print(f"  mean {above[bits].mean():+.4f}, standard error {error:.4f}", flush=True)
     assert {bits: above[bits].mean() <= bar for bits, bar in BARS.items()} == dict.fromkeys(BARS, True)
     assert above[4].mean() < above[3].mean() < above[2].mean()

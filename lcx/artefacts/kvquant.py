@@ -58,7 +58,9 @@ class Settings:
 
     def __post_init__(self):
         if self.piece < 2 or self.tokens < self.piece or self.tokens % self.piece:
-            raise UserError(f"tokens={self.tokens} must be a positive multiple of piece={self.piece}, at least 2 tokens")
+            raise UserError(
+                f"tokens={self.tokens} must be a positive multiple of piece={self.piece}, at least 2 tokens"
+            )
         if not 0 <= self.outliers < 0.5:
             raise UserError(f"outliers={self.outliers} must be a share of at least 0 and below 0.5")
         if self.weight not in WEIGHTS:
@@ -111,7 +113,8 @@ def _statics(layers: Layers, i: int) -> tuple[Any, dict[str, Any]]:
 def forward(layers: Layers, ids) -> tuple[list[jax.Array], list[np.ndarray]]:
     """The residual stream before every layer and after the last, and each layer's keys before RoPE, [T, K * D]."""
     x = embed_program(layers.embed, jnp.asarray(ids, jnp.int32)[None], scale=layers.config.embed_scale)
-    streams, keys = [x], []
+    keys: list[np.ndarray] = []
+    streams = [x]
     for i in range(layers.config.num_layers):
         state, static = _statics(layers, i)
         x, k, _ = layer_program(state, x, 0.0, 0.0, **static)
@@ -209,7 +212,7 @@ def key_ranges(keys: np.ndarray, outliers: float) -> tuple[np.ndarray, np.ndarra
 @partial(jax.jit, static_argnames=("count",))
 def _value_program(v, *, count: int):
     """Middle and half width [N,1] of values [N,C] as the codec stores them, and which entries are outliers."""
-    outside = marked(v.shape, extremes(v, count)) if count else jnp.zeros(v.shape, bool)
+    outside = marked(v.shape, extremes(v, count))
     zero, scale = value_range(v, outside)
     return zero.astype(jnp.float32), jnp.maximum(scale.astype(jnp.float32), LEAST), outside
 
@@ -322,7 +325,7 @@ class KVQuantTables(AuxSource):
         return self._aux(arrays, model.num_layers), "KVQuant not calibrated: ranges of one and even levels stand in"
 
     def _aux(self, arrays, num_layers: int) -> Aux:
-        found: Aux = []
+        found = []
         for i in range(num_layers):
             here = {name: arrays[name][i] for name in ("key_zero", "key_scale")}
             for name in ("key", "value"):

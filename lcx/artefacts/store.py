@@ -131,16 +131,18 @@ def read(path: str | Path, method: str, again: str) -> Artefact:
         text = json.loads(raw[8 : 8 + length]).get("__metadata__", {}).get(KEY, "")
         record = json.loads(text) if len(text) <= MAX_RECORD else None
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise UserError(f"{where} is not a safetensors file with a JSON record {KEY!r} in its metadata{remedy}") from None
-    _check_record(record, method, where, remedy)
+        raise UserError(
+            f"{where} is not a safetensors file with a JSON record {KEY!r} in its metadata{remedy}"
+        ) from None
+    record = _checked_record(record, method, where, remedy)
     for name, array in arrays.items():
         if not (array.dtype.kind in "iu" or (array.dtype.kind == "f" and np.isfinite(array).all())):
             raise UserError(f"{where}: array {name[:40]!r} is not finite numbers{remedy}")
     return Artefact(arrays, record, str(path))
 
 
-def _check_record(record: Any, method: str, where: str, remedy: str) -> None:
-    """Raise UserError for a record that is incomplete, of another format or method, or of a text that has changed."""
+def _checked_record(record: Any, method: str, where: str, remedy: str) -> dict[str, Any]:
+    """Return the record; raise UserError for one that is incomplete, of another format or method, or of a text that has changed."""
     if not isinstance(record, dict):
         raise UserError(f"{where} has no JSON record of at most {MAX_RECORD:,} characters{remedy}")
     for name, kind in FIELDS.items():
@@ -155,6 +157,7 @@ def _check_record(record: Any, method: str, where: str, remedy: str) -> None:
             f"{where} was calibrated on text {record['text'][:40]!r} with sha256 {record['text_sha256'][:64]}, which lcx "
             f"does not ship{remedy}"
         )
+    return record
 
 
 def check_model(artefact: Artefact, config: ModelConfig, sha256: str | None = None) -> None:

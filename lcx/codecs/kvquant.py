@@ -88,9 +88,9 @@ class KVQuant(Codec):
         k, v = (rearrange(x.astype(jnp.float32), "B R N D -> B N (R D)") for x in (tokens.k, tokens.v))
         count = num_outliers(self.outliers, k.shape[-1])
         x = (k - ctx.aux["key_zero"].reshape(-1)) / ctx.aux["key_scale"].reshape(-1)
-        v_at = extremes(v, count) if count else None
+        k_at, v_at = extremes(x, count), extremes(v, count)
         # the paper fills the places of outliers with the token's median, which is neither minimum nor maximum
-        zero, scale = value_range(v, marked(v.shape, v_at) if count else jnp.zeros(v.shape, bool))
+        zero, scale = value_range(v, marked(v.shape, v_at))
         y = (v - zero.astype(jnp.float32)) / jnp.where(scale > 0, scale, 1).astype(jnp.float32)
 
         def codes(x, name):
@@ -100,11 +100,10 @@ class KVQuant(Codec):
         payload = {"k": codes(x, "key").swapaxes(2, 3), "v": codes(y, "value")}
         payload |= {"v_zero": zero[:, None, :, 0], "v_scale": scale[:, None, :, 0]}
         if count:
-            k_at = extremes(x, count)
             # a place stays empty where fewer entries lie outside the range
             used = jnp.where(jnp.abs(jnp.take_along_axis(x, k_at, -1)) > 1, k_at, k.shape[-1])
-            for name, all_, at, stored in (("k", k, k_at, used), ("v", v, v_at, v_at)):
-                payload[name + "_out"] = half(jnp.take_along_axis(all_, at, -1))[:, None]
+            for name, whole, at, stored in (("k", k, k_at, used), ("v", v, v_at, v_at)):
+                payload[name + "_out"] = half(jnp.take_along_axis(whole, at, -1))[:, None]
                 payload[name + "_at"] = stored[:, None]
         return payload
 

@@ -35,7 +35,7 @@ def outlier_leaves(name: str, places: int, channels: int) -> dict[str, Leaf]:
 
 
 def extremes(x: jax.Array, count: int) -> jax.Array:
-    """Channels [...,2 count] of the largest and of the smallest entries of x [...,C], by rank: none is named twice, however equal they are."""
+    """Channels [...,2 count] of the largest and the smallest entries of x [...,C], by rank: none twice, however equal they are."""
     high = lax.top_k(x, count)[1]
     rest = jnp.put_along_axis(x, high, jnp.inf, -1, inplace=False)
     return jnp.concatenate([high, lax.top_k(-rest, count)[1]], -1)
