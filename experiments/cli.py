@@ -169,7 +169,9 @@ def load(found):
     """The model of a config."""
     import lcx.models.loading
 
-    return lcx.models.loading.load(found.model, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
+    model = lcx.models.loading.load(found.model, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
+    found.check_weights(model.config, model.sha256)
+    return model
 
 
 def check_writable(name: str, path: str | Path) -> None:

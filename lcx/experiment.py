@@ -45,6 +45,11 @@ class Experiment:
     def load_aux(self, model: ModelConfig) -> Aux | None:
         return None if self.aux is None else self.aux.load(model)
 
+    def check_weights(self, model: ModelConfig, sha256: str) -> None:
+        """Raise UserError where the method's arrays were calibrated on other weights than these."""
+        if self.aux is not None:
+            self.aux.check_weights(model, sha256)
+
     def with_chunks(self, size: int) -> Experiment:
         """The same with the prompt read in chunks of `size` tokens."""
         return replace(self, schedule=Chunked(size))

@@ -73,7 +73,9 @@ def _stances(chain: Chain, pattern: Pattern, s: Segment) -> Iterator[_Stance]:
     if compress is not None:
         yield stance(compress, lacks="" if compress.shared else "one set")
     turns = "rotated keys" if pattern.turns else ""
-    yield stance(pattern, lacks=", ".join(["all attention" if pattern.visits else "", turns]))
+    # pages of slots are listed head by head
+    listed = "one set" if "held" in pattern.visits else ""
+    yield stance(pattern, lacks=", ".join(["all attention" if pattern.visits else "", turns, listed]))
     if s.heads != "all":
         yield _Stance(f"heads={s.heads!r}", frozenset(), frozenset({"all heads"}))
     if len(chain) > 1:

@@ -18,3 +18,7 @@ class AuxSource(Protocol):
     def stand_in(self, model: ModelConfig) -> tuple[Aux, str]:
         """Return arrays of the right shapes for a model that has none, and a note that says so: what a plan of memory needs."""
         ...
+
+    def check_weights(self, model: ModelConfig, sha256: str) -> None:
+        """Raise UserError where the arrays belong to other weights than those with this sha256.  The base knows of none."""
+        return None

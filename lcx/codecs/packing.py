@@ -5,8 +5,15 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 
+def codes_per_byte(bits: int) -> int:
+    """What the packed axis must be a multiple of: 3 bits are a plane of two and a plane of one, 3 bytes for 8 codes."""
+    return 8 if bits == 3 else 8 // bits
+
+
 def pack(codes, bits: int, axis: int):
-    """uint8 codes below 2**bits -> uint8 with 8 // bits codes a byte; the axis shrinks by that factor, which must divide it."""
+    """uint8 codes below 2**bits -> uint8; the axis shrinks to bits / 8 of it and must be a multiple of `codes_per_byte`."""
+    if bits == 3:
+        return jnp.concatenate([pack(codes & 3, 2, axis), pack(codes >> 2, 1, axis)], axis)
     parts = jnp.split(codes.astype(jnp.uint8), 8 // bits, axis)
     packed = parts[0]
     for i, part in enumerate(parts[1:], 1):
@@ -18,6 +25,9 @@ def unpack(packed, bits: int, axis: int):
     """The inverse of `pack`; uint8."""
     if bits == 8:
         return packed
+    if bits == 3:
+        low, high = jnp.split(packed, [packed.shape[axis] * 2 // 3], axis)
+        return unpack(low, 2, axis) | (unpack(high, 1, axis) << 2)
     mask = jnp.uint8(2**bits - 1)
     return jnp.concatenate([(packed >> (bits * i)) & mask for i in range(8 // bits)], axis)
 

@@ -85,6 +85,7 @@ class Bench:
     def measure(self, point: Point, reference: Point | None = None) -> Row:
         """As `row`; raises what goes wrong."""
         layers, settings = self.model.layers, point.settings
+        point.experiment.check_weights(self.model.config, self.model.sha256)
         ids = self.passages(point)
         prompt, end = point.prompt, point.length
         reset = memory.reset_peak_rss()

@@ -1,0 +1,23 @@
+"""KVQuant, Hooper et al. 2024, arXiv:2401.18079: nuq4-1%, the first token exact.
+
+3 or 2 bits: --config.recipe.segments.0.1.codec.bits=3.
+"""
+
+from lcx.artefacts.kvquant import KVQuantTables
+from lcx.codecs.kvquant import chain
+from lcx.experiment import Experiment
+from lcx.recipe import Recipe
+
+# WikiText-2, Llama-3-8B, 8K of context, all tokens quantised ("write"); the cache of LLaMA-7B at 128K
+PAPER = {
+    "perplexity, float16": 5.54,
+    "perplexity, nuq4-1%": 5.56,
+    "perplexity, nuq3-1%": 5.64,
+    "perplexity, nuq2-1%": 6.04,
+    "GB at 128K, float16": 64.0,
+    "GB at 128K, nuq4-1%": 17.3,
+}
+
+
+def get_config():
+    return Experiment(recipe=Recipe((chain(bits=4, outliers=0.01),)), aux=KVQuantTables(), paper=PAPER)
