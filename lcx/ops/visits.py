@@ -162,8 +162,7 @@ def attend_visits(
         part, overflow = block(i)
         start = jnp.minimum(i * n_q, T - n_q)
         joined = (
-            lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), start, 3)
-            for x, y in zip(whole, part, strict=True)
+            lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), start, 3) for x, y in zip(whole, part, strict=True)
         )
         return Partial(*joined), total + overflow
 
