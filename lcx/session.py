@@ -241,6 +241,8 @@ class Session(SessionPrograms):
             )
         if phase == PREFILL and self.recipe.compresses:
             raise UserError("phase='prefill' by feed: this recipe chooses at the end of the prompt; call prefill")
+        if phase == PREFILL and self.recipe.one_shot:
+            raise UserError("phase='prefill' by feed: this recipe needs the whole prompt at once; call prefill")
         rest = np.zeros(self.batch, np.int32) if left is None else checks.counts("left", left, self.batch)
         return pos, Step(jnp.asarray(pos), jnp.asarray(rest))
 

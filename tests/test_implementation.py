@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcx.backends import pallas
 from lcx.backends.choose import AUTO, attend, attend_visits, resolve, score_minmax, score_probe
 from lcx.bench.interpret import interpreted
 from lcx.errors import UserError
@@ -136,9 +137,9 @@ def test_scores_of_patterns_go_through_the_kernels(implementation):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("form", ["blocks", "lists"])
+@pytest.mark.parametrize("form", ["blocks", "lists", "listing", "listing of each block"])
 @pytest.mark.parametrize(("g", "mask"), [(2, None), (1, Near(150, 4))], ids=["by query head", "by KV head, window"])
-def test_blocks_that_a_pattern_lists_go_through_the_kernel(form, g, mask):
+def test_blocks_that_a_pattern_lists_go_through_the_kernel(form, g, mask, monkeypatch):
     """Two blocks of queries, the second cut off and padded; three of keys, with holes; one block of queries that lists nothing."""
     G, T, S = 2, 150, 300
     q, source = tokens(0, B, K, G, T, D), slots(S, held_positions(S, 280, K))
@@ -154,6 +155,11 @@ def test_blocks_that_a_pattern_lists_go_through_the_kernel(form, g, mask):
         index, count = np.argsort(~blocks, -1, kind="stable")[..., :2], blocks.sum(-1)
         visit = Visit(128, 128, lists=(jnp.asarray(index, jnp.int32), jnp.asarray(count, jnp.int32)))
         most = 2
+    if form.startswith("listing"):
+        visit = Visit(128, 128, listing=Visit(128, 128, blocks=jnp.asarray(blocks)).at, most=3)
+        if form != "listing":
+            # the queries of a prompt longer than this are read in parts, here of 128 and 22
+            monkeypatch.setattr(pallas, "LISTED_ROWS", 128)
     run = lambda q, pos, implementation: attend_visits(
         q, source, pos, visit, scale=SCALE, mask=mask, implementation=implementation
     )
@@ -178,10 +184,8 @@ def test_page_lists_are_refused_where_another_implementation_is_named():
     pages = Visit(16, 3, lists=lists)
     blocks = Visit(128, 128, lists=lists)
     weighed = Visit(128, 128, lists=lists, weigh=lambda logits, slot: logits)
-    worked_out = Visit(128, 128, listing=lambda i: (lists[0][:, :, :, 0], lists[1][..., 0]), most=1)
     for name, keys, visit, mask, why in (
         ("pallas", source, pages, None, "lists of 16 slots for 3 queries; the kernels take 128 slots for 128 queries"),
-        ("pallas", source, worked_out, None, "the kernels take 128 slots for 128 queries"),
         ("pallas", source, weighed, None, "XLA alone does that"),
         ("pallas", source, blocks, EvenKeys(), "a mask that is not a window with sinks"),
         ("pallas", slots(64, source.pos, plain=False), blocks, None, "slots in another type"),

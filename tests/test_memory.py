@@ -13,6 +13,7 @@ from flax import nnx
 
 from lcx.artefacts.head_split import split_by_score
 from lcx.backends.choose import AUTO, resolve
+from lcx.backends.pallas import LISTED_ROWS
 from lcx.cache import shape_bytes
 from lcx.codecs.exact import Cast
 from lcx.codecs.int_token import Int
@@ -21,7 +22,9 @@ from lcx.codecs.paged import chain as paged_chain
 from lcx.errors import UserError
 from lcx.model_config import ModelConfig, Rope, param_shapes
 from lcx.models.decoder import Block, Layers, logits_program
+from lcx.patterns.minference import MInference
 from lcx.patterns.quest import Quest
+from lcx.patterns.xattention import XAttention
 from lcx.plan.targets import TARGETS, compile_device, compile_for, gpu_target
 from lcx.policies.duo import duo
 from lcx.policies.h2o import H2O
@@ -68,17 +71,22 @@ def shapes_of(config, dtype) -> Layers:
     return Layers(config, weights["embed"], weights["norm"], weights["lm_head"], layers)
 
 
+def block_memory(*step, **more):
+    """XLA's memory plan of `compiled_block`."""
+    return compiled_block(*step, **more).memory_analysis()
+
+
 @cache
-def block_memory(recipe, phase, tokens, dtype, target, implementation=None):
-    """XLA's memory plan of the last layer's block for a step of `tokens` tokens; by default as a session on the target runs it."""
+def compiled_block(recipe, phase, tokens, dtype, target, implementation=None, text=TOKENS):
+    """The last layer's block for a step of `tokens` tokens of a text; by default as a session on the target runs it."""
     implementation = implementation or resolve(None, target.capability if target else None)
     layers = shapes_of(LLAMA3_8B, dtype)
     aux = HALF if any(c[0].heads != "all" for c in recipe.chains) else None
-    session = Session(layers, recipe, TOKENS, 0, aux=aux, implementation=implementation)
+    session = Session(layers, recipe, text, 0, aux=aux, implementation=implementation)
     layer = LLAMA3_8B.num_layers - 1
     cache = jax.eval_shape(lambda: session.empty(phase, layer))
     args, static = session.block_call(phase, layer, *session.step_shape(tokens), cache)
-    return compile_for(target, block_program, args, static).memory_analysis()
+    return compile_for(target, block_program, args, static)
 
 
 def logits_memory(dtype, target):
@@ -150,6 +158,32 @@ def test_decode_on_a_cpu_needs_little_beside_the_cache(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chunk_on_a_cpu_needs_little_beside_the_cache(name):
     check(recipes(Cast("bfloat16"))[name], "prefill", CHUNK, jnp.float32, None, 0.75)
+
+
+@pytest.mark.slow
+def test_block_lists_over_a_chunk_and_what_is_held_go_through_the_kernel():
+    step = Recipe(pattern=XAttention()), "prefill", 4_096, jnp.bfloat16, h200()
+    plan = block_memory(*step)
+    assert plan.temp_size_in_bytes <= GIB, f"{plan.temp_size_in_bytes / GIB:.3f} GiB"
+    # `attend` for the held blocks and for the chunk's own; XLA alone calls none
+    assert compiled_block(*step).as_text().count('custom_call_target="mosaic_gpu') == 2
+    assert "mosaic_gpu" not in compiled_block(*step, "xla").as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1_500)
+def test_vertical_slash_prefill_grows_with_the_prompt_alone():
+    """650,240 tokens in one step: 42 kB of scratch a token at 131,072, and no more at five times as many."""
+    temp = {}
+    for tokens in (TOKENS, 650_240):
+        step = Recipe(pattern=MInference()), "prefill", tokens, jnp.bfloat16, h200()
+        program = compiled_block(*step, text=tokens)
+        temp[tokens] = program.memory_analysis().temp_size_in_bytes
+        # its estimate, and the tiles: of the rows that fill a step of the loop, and of the rest
+        kernels = program.as_text().count('custom_call_target="mosaic_gpu')
+        assert kernels == 3 + (tokens % LISTED_ROWS > 0)
+    assert temp[TOKENS] <= 6e9
+    assert temp[650_240] / 650_240 <= temp[TOKENS] / TOKENS
 
 
 def test_logits_of_the_last_token_need_no_copy_of_the_head():

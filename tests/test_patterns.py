@@ -342,16 +342,21 @@ def minference_visit_program(pattern, window, with_sizes):
     def visit(q, k, pos, sizes):
         ctx = Ctx(q=q, k=k, v=k, pos=pos, scale=0.5, rotate=None, aux=sizes if with_sizes else {}, window=window)
         visits = pattern.visit(ctx, {}, ctx.own)
-        visit = visits.pages["own"]
-        assert set(visits.pages) == {"own"} and (visit.size, visit.rows) == (1, 64)
-        blocks = jax.lax.map(visit.at, jnp.arange(-(-q.shape[3] // 64)))
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3), blocks)
+        tiles, keys = visits.pages["own"]
+        assert set(visits.pages) == {"own"}
+        assert (tiles.size, tiles.rows, keys.size, keys.rows) == (128, 128, 1, 64)
+        lists = [jax.lax.map(v.at, jnp.arange(-(-q.shape[3] // v.rows))) for v in (tiles, keys)]
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3), lists)
 
     return visit
 
 
 def assert_reads(pattern, T, lengths, *, window=None, sizes=None, k=None, q=None, seed=0):
-    """What `visit` lists, block by block, is the oracle's set, each key once; sizes [R,G] of both kinds, as data."""
+    """What `visit` lists, block by block, is the oracle's set, each key once; sizes [R,G] of both kinds, as data.
+
+    Returns:
+      bool [B,R,G,blocks,T], the keys that are read of those that a block sees.
+    """
     rng = np.random.default_rng(seed)
     shape = (len(lengths), 2, 3) if q is None else q.shape[:3]
     # some keys stand out, so that columns and diagonals differ between heads
@@ -361,9 +366,14 @@ def assert_reads(pattern, T, lengths, *, window=None, sizes=None, k=None, q=None
     pos = np.where(np.arange(T) < np.array(lengths)[:, None], np.arange(T), EMPTY)
     visit = minference_visit_program(pattern, window, sizes is not None)
     given_sizes = None if sizes is None else {n: jnp.asarray(s) for n, s in sizes.items()}
-    index, count = visit(q, k, jnp.asarray(pos, jnp.int32), given_sizes)
-    assert index.shape[:4] == count.shape == (*shape, -(-T // 64))
-    assert np.asarray(count).max() <= index.shape[4] <= T
+    (tiles, tile_count), (keys, key_count) = jax.tree.map(
+        np.asarray, visit(q, k, jnp.asarray(pos, jnp.int32), given_sizes)
+    )
+    blocks = -(-T // 64)
+    assert tiles.shape[:4] == tile_count.shape == (*shape, -(-T // 128))
+    assert keys.shape[:4] == key_count.shape == (*shape, blocks)
+    assert tile_count.max() <= tiles.shape[4] <= -(-T // 128) and key_count.max() <= keys.shape[4] <= T
+    read = np.zeros((*shape, blocks, T), bool)
     for b, r, g in np.ndindex(*shape):
         n = lengths[b]
         wanted = (
@@ -373,11 +383,14 @@ def assert_reads(pattern, T, lengths, *, window=None, sizes=None, k=None, q=None
         )
         head = [x.astype(np.float64) for x in (q[b, r, g, :n] / 2, k[b, r, :n])]
         for i, want in enumerate(minference_keys(*head, *wanted, window=window or 10**6)):
-            got = np.asarray(index[b, r, g, i, : count[b, r, g, i]]).tolist()
+            at = b, r, g, i // 2
+            whole = tiles[at][: tile_count[at], None] * 128 + np.arange(128)
+            got = [*whole.ravel().tolist(), *keys[b, r, g, i, : key_count[b, r, g, i]].tolist()]
             assert len(got) == len(set(got))
-            # padding may be listed: it is EMPTY
-            assert {j for j in got if j < n} == want, (b, r, g, i)
-    return index, count
+            # padding may be listed, as it is EMPTY; and keys behind the block, which no query of it sees
+            assert {j for j in got if j < min(n, 64 * (i + 1))} == want, (b, r, g, i)
+            read[b, r, g, i, list(want)] = True
+    return read
 
 
 @pytest.mark.parametrize(
@@ -412,9 +425,9 @@ def test_minference_sizes_per_head_are_data():
     ids=str,
 )
 def test_minference_reads_everything_at_its_exact_limits(pattern, T):
-    index, count = assert_reads(pattern, T, (T, T))
-    for i in range(count.shape[3]):
-        assert (np.asarray(count[:, :, :, i]) == min(64 * (i + 1), T)).all()
+    read = assert_reads(pattern, T, (T, T))
+    for i in range(read.shape[3]):
+        assert read[:, :, :, i, : 64 * (i + 1)].all()
 
 
 def test_minference_lists_have_room_for_the_worst_case():
@@ -422,8 +435,8 @@ def test_minference_lists_have_room_for_the_worst_case():
     for T, pattern in ((640, MInference(300, 101)), (640, MInference(1, 102)), (7_040, MInference(6_490, 1))):
         k = np.where(np.arange(T) < T - 170, 1.0, -3.0)[:, None] * np.ones(4)
         k[:-170] += 1e-2 * np.random.default_rng(0).normal(size=(T - 170, 4))
-        index, count = assert_reads(pattern, T, (T,), q=np.full((1, 1, 1, T, 4), 2.0), k=k[None, None])
-        assert int(count[..., -1].max()) >= max(pattern.vertical, 30) + 163
+        read = assert_reads(pattern, T, (T,), q=np.full((1, 1, 1, T, 4), 2.0), k=k[None, None])
+        assert read[..., -1, :].sum(-1).max() >= max(pattern.vertical, 30) + 163
 
 
 def minference_rule(sizes):

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from lcx.ops.attention import EMPTY, Partial, Source, used_length
 from lcx.ops.masks import Mask, Near
@@ -13,6 +14,7 @@ from lcx.ops.visits import Visit
 
 DECODE_ROWS = 128  # query rows of a KV head that fill one tile of a kernel
 CORES = 132  # multiprocessors; a block of the kernel takes most of the shared memory of one
+LISTED_ROWS = 8_192  # queries whose lists exist together; 64 tiles of 32 heads fill the device many times
 MOST_LISTED = 2**26  # tiles of a list for one head; beyond, the list takes more memory than what it saves
 
 
@@ -77,7 +79,7 @@ def why_no_visit(q, source: Source, visit: Visit, mask: Mask | None) -> str | No
         return f"queries of {q.dtype}, head_dim={q.shape[-1]}; the kernels take bfloat16 and float16, at most 256"
     if visit.weigh is not None:
         return "the pattern weighs the logits of what it reads; XLA alone does that"
-    if (visit.rows, visit.size) != (ROWS, SIZE) or visit.listing is not None:
+    if (visit.rows, visit.size) != (ROWS, SIZE):
         return f"lists of {visit.size} slots for {visit.rows} queries; the kernels take {SIZE} slots for {ROWS} queries"
     if not source.plain or not _knows(mask):
         return "slots in another type, or a mask that is not a window with sinks"
@@ -91,6 +93,8 @@ def attend_visits(q, source: Source, q_pos, visit: Visit, *, mask: Mask | None, 
 
     B, R, G, T, _ = q.shape
     visit.check(T)
+    if visit.listing is not None:
+        return _attend_listing(q, source, q_pos, visit, mask=mask, scale=scale)
     S = source.pos.shape[-1]
     Q, N = -(-T // ROWS), -(-S // SIZE)
     blocks = visit.blocks
@@ -115,6 +119,30 @@ def attend_visits(q, source: Source, q_pos, visit: Visit, *, mask: Mask | None, 
         q, k, v, blocks=blocks, q_pos=q_pos, kv_pos=source.pos, mask=kernel_mask, scale=scale, out_dtype=q.dtype
     )
     return part, overflow
+
+
+def _attend_listing(q, source: Source, q_pos, visit: Visit, **settings):
+    """Lists that are worked out when they are read: some tiles of queries at a time, so that those of a long prompt never exist together."""
+    T = q.shape[3]
+
+    def rows(start, size: int):
+        qt, pos = (lax.dynamic_slice_in_dim(x, start, size, axis) for x, axis in ((q, 3), (q_pos, 1)))
+        index, count = lax.map(visit.at, start // visit.rows + jnp.arange(-(-size // visit.rows)))
+        lists = jnp.moveaxis(index[..., : visit.width], 0, 3), jnp.moveaxis(count, 0, 3)
+        return attend_visits(qt, source, pos, Visit(visit.size, visit.rows, lists=lists), **settings)
+
+    if T <= LISTED_ROWS:
+        return rows(0, T)
+
+    def put(start, size, carry):
+        part, overflow = rows(start, size)
+        joined = (lax.dynamic_update_slice_in_dim(x, y, start, 3) for x, y in zip(carry[0], part, strict=True))
+        return Partial(*joined), carry[1] + overflow
+
+    carry = Partial(jnp.zeros_like(q), jnp.zeros(q.shape[:-1])), jnp.zeros((), jnp.int32)
+    steps, rest = divmod(T, LISTED_ROWS)
+    carry = lax.fori_loop(0, steps, lambda i, carry: put(i * LISTED_ROWS, LISTED_ROWS, carry), carry)
+    return put(steps * LISTED_ROWS, rest, carry) if rest else carry
 
 
 def _paged(q, source: Source, q_pos, *, scale: float) -> Partial:

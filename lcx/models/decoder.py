@@ -23,6 +23,8 @@ from lcx.ops.attention import EMPTY, tile_starts
 
 # rows of a linear layer at a time on a CPU: activations stay in cache and their pages are used again (docs/design.md)
 ROWS = 512
+# and elsewhere, of a longer step: the wide inner arrays of an MLP would take several times as much as the residual stream
+LONG_ROWS = 8_192
 
 
 class Block(nnx.Module):
@@ -83,7 +85,7 @@ def _matmul(x, w):
 
 
 def _by_rows(f, width: int, x, *others):
-    """`f(x, *others)` [B,T,width] with its rows computed ROWS at a time where that is faster.
+    """`f(x, *others)` [B,T,width] with its rows computed some at a time where that is faster, or takes much less memory.
 
     Args:
       f: row by row: row t of the result depends on row t of the arguments alone.
@@ -95,16 +97,18 @@ def _by_rows(f, width: int, x, *others):
     arrays, axes = [x, *(a for a, _ in others)], [1, *(axis for _, axis in others)]
     if T <= ROWS:
         return f(*arrays)
-    starts = tile_starts(T, ROWS)
 
-    def in_parts(*arrays):
+    def in_parts(size, *arrays):
+        starts = tile_starts(T, size)
+
         def part(i, out):
-            rows = [lax.dynamic_slice_in_dim(a, starts[i], ROWS, axis) for a, axis in zip(arrays, axes, strict=True)]
+            rows = [lax.dynamic_slice_in_dim(a, starts[i], size, axis) for a, axis in zip(arrays, axes, strict=True)]
             return lax.dynamic_update_slice_in_dim(out, f(*rows), starts[i], 1)
 
         return lax.fori_loop(0, starts.shape[0], part, jnp.zeros((B, T, width), x.dtype))
 
-    return lax.platform_dependent(*arrays, cpu=in_parts, default=f)
+    default = f if T <= LONG_ROWS else partial(in_parts, LONG_ROWS)
+    return lax.platform_dependent(*arrays, cpu=partial(in_parts, ROWS), default=default)
 
 
 def enter(w, config: ModelConfig, x):
@@ -127,14 +131,14 @@ def leave(w, config: ModelConfig, x, out):
     """Output projection, residual, MLP, residual.  `out` [B,K,G,T,D]."""
 
     def rows(x, out):
-        out = _matmul(rearrange(out.astype(x.dtype), "B K G T D -> B T (K G D)"), w["o"])
+        out = _matmul(rearrange(out, "B K G T D -> B T (K G D)"), w["o"])
         out = out + w["o_bias"] if config.o_bias else out
         x = x + (rms_norm(out, w["post_attn_norm"], config.norm_eps) if config.post_norms else out)
         gate, up = jnp.split(_matmul(rms_norm(x, w["mlp_norm"], config.norm_eps), w["gate_up"]), 2, axis=-1)
         out = _matmul(_activation(config, gate) * up, w["down"])
         return x + (rms_norm(out, w["post_mlp_norm"], config.norm_eps) if config.post_norms else out)
 
-    return _by_rows(rows, x.shape[-1], x, (out, 3))
+    return _by_rows(rows, x.shape[-1], x, (out.astype(x.dtype), 3))
 
 
 def rotation(config: ModelConfig, local: bool):

@@ -111,8 +111,6 @@ def attend_visits(
     if S == 0 or width == 0:
         empty = Partial(jnp.zeros((B, R, G, T, D)), jnp.full((B, R, G, T), -jnp.inf))
         return empty, jnp.zeros((), jnp.int32)
-    q = jnp.pad(q, ((0, 0),) * 3 + ((0, n_q * Q - T), (0, 0)))
-    q_pos = jnp.pad(q_pos, ((0, 0), (0, n_q * Q - T)), constant_values=EMPTY)
     pos = jnp.broadcast_to(source.pos, (B, R, S))
     keys = VISIT_KEYS_DECODE if T < DECODE_QUERIES else VISIT_KEYS
     per = min(width, max(1, keys // size))
@@ -122,8 +120,9 @@ def attend_visits(
         index = jnp.pad(index[..., :width], ((0, 0),) * 3 + ((0, -width % per),))
         g = index.shape[2]
         listed = jnp.minimum(count, width)
-        qt = lax.dynamic_slice_in_dim(q, i * n_q, n_q, 3)
-        qp = lax.dynamic_slice_in_dim(q_pos, i * n_q, n_q, 1)
+        start = jnp.minimum(i * n_q, T - n_q)
+        qt = lax.dynamic_slice_in_dim(q, start, n_q, 3)
+        qp = lax.dynamic_slice_in_dim(q_pos, start, n_q, 1)
         # lists of their own move into the row axis, with the query heads that share one as the group
         row = lambda x: x.reshape(B, R * g, *x.shape[3:])
         heads = qt.reshape(B, R * g, G // g, n_q, D)
@@ -154,8 +153,19 @@ def attend_visits(
         return part, jnp.sum(jnp.maximum(count - width, 0))
 
     if Q == 1:
-        part, overflow = block(0)
-        return jax.tree.map(lambda x: x[:, :, :, :T], part), overflow
-    parts, overflow = lax.map(block, jnp.arange(Q))
-    join = lambda x: jnp.moveaxis(x, 0, 3).reshape(B, R, G, Q * n_q, *x.shape[5:])[:, :, :, :T]
-    return jax.tree.map(join, parts), overflow.sum()
+        return block(0)
+
+    def put(j, carry):
+        whole, total = carry
+        # from the last block on: where it is a part, its rows begin within the block before, which writes them after it
+        i = Q - 1 - j
+        part, overflow = block(i)
+        start = jnp.minimum(i * n_q, T - n_q)
+        joined = (
+            lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), start, 3) for x, y in zip(whole, part, strict=True)
+        )
+        return Partial(*joined), total + overflow
+
+    # in the type of q, as the kernels return it: float32 of a long prompt takes as much as all its queries, keys and values
+    empty = Partial(jnp.zeros((B, R, G, T, D), q.dtype), jnp.zeros((B, R, G, T)))
+    return lax.fori_loop(0, Q, put, (empty, jnp.zeros((), jnp.int32)))

@@ -11,9 +11,11 @@ from jax import lax
 from lcx.axes import CAUSAL, Array, Pattern, Visits
 from lcx.errors import UserError
 from lcx.ops.attention import EMPTY
+from lcx.ops.vertical_slash import ROWS as BLOCK
+from lcx.ops.vertical_slash import vertical_slash
 from lcx.ops.visits import Visit
 
-PROBE, BLOCK = 64, 64  # last queries that estimate; rows and keys of a kernel block
+PROBE = 64  # last queries that estimate
 SINK_COLUMNS, NEAR_DIAGONALS = 30, 100  # always read
 LEAST_VERTICAL, LEAST_SLASH = 30, 50
 
@@ -77,28 +79,14 @@ class MInference(Pattern):
         diagonals = jnp.where(number < NEAR_DIAGONALS, jnp.inf, diagonals)
         column = _best(columns, self._sizes(ctx, "vertical", LEAST_VERTICAL))
         diagonal = _best(diagonals, self._sizes(ctx, "slash", LEAST_SLASH))
-        total = jnp.pad(jnp.cumsum(diagonal, -1), ((0, 0),) * 3 + ((1, 0),))
-        M = T if "slash" in ctx.aux else min(T, self._most_keys())
-        b, r, g = (i[..., None] for i in jnp.ogrid[tuple(slice(n) for n in column.shape[:3])])
-
-        def listing(i):
-            end = (i + 1) * BLOCK
-            # a chosen distance d below `end` reads keys max(end - d, 64) - 64 ... max(end - d, 64) - 1: count the d that cover key j
-            first = jnp.clip(end - BLOCK - number, 0, T)
-            last = jnp.clip(jnp.where(number < BLOCK, end, end - number), 0, T)
-            covered = total[..., last] - total[..., first] > 0
-            read = (covered | column) & (number < end)
-            place = jnp.where(read, jnp.cumsum(read, -1) - 1, M)
-            index = jnp.zeros((*read.shape[:-1], M), jnp.int32).at[b, r, g, place].set(number, mode="drop")
-            return index, read.sum(-1, dtype=jnp.int32)
-
-        # block by block, when it is read: lists of all blocks would grow with the square of the prompt
-        return Visits({"own": Visit(1, BLOCK, listing=listing, most=M)})
-
-    def _most_keys(self) -> int:
-        """Keys that one block reads at most: columns, the band of the near diagonals, 64 for every other diagonal."""
-        others = max(0, self.slash - NEAR_DIAGONALS)
-        return max(self.vertical, LEAST_VERTICAL) + NEAR_DIAGONALS + BLOCK - 1 + BLOCK * others
+        most = {
+            "columns": T if "vertical" in ctx.aux else max(self.vertical, LEAST_VERTICAL),
+            "distances": T if "slash" in ctx.aux else max(self.slash, NEAR_DIAGONALS),
+        }
+        # one shot: nothing is held before this step
+        nothing = Visit(1, BLOCK, listing=lambda i: (jnp.zeros((1, 1, 1, 0), jnp.int32),) * 2, most=0)
+        pages = {"own": vertical_slash(column, diagonal, near=NEAR_DIAGONALS, **most)}
+        return Visits(dict.fromkeys(held, nothing) | pages)
 
 
 def _best(score, size):
