@@ -1,4 +1,4 @@
-"""What one layer does with its attention: `read` the segments and the step's own tokens, then `write`.
+"""Attention of one layer: `read` the segments and the step's own tokens, then `write`.
 
 `attention` serves one-shot prefill, chunked prefill and decode alike; `repack` turns the cache of the prompt into that of decoding.
 """
@@ -28,13 +28,13 @@ Notes = dict[str, jax.Array]  # what a step counts beside its result, int32 []
 
 
 def is_raw(chain: Chain, pattern: Pattern) -> bool:
-    """Whether a chain's slots hold keys before RoPE: one property of the whole chain, whose tokens move from link to link."""
+    """Return True where a chain's slots hold keys before RoPE: one property of the whole chain, whose tokens move from link to link."""
     return pattern.turns or any(s.codec.raw for s in chain)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A chain as a step reads it.
+    """One chain prepared for reading in one step.
 
     Attributes:
       ctx: of the chain's heads, rotated and masked as its pattern wants it.
@@ -51,7 +51,7 @@ class Reading:
         return is_raw(self.chain, self.pattern)
 
     def held(self, segments: Mapping[str, Slots]) -> dict[str, Held]:
-        """The segments as sources."""
+        """Return the segments as sources."""
         R, D = self.ctx.q.shape[1], self.ctx.q.shape[-1]
         dtype = self.ctx.q.dtype if self.ctx.v is None else self.ctx.v.dtype
         found = {}
@@ -64,7 +64,7 @@ class Reading:
 
 
 def open_chain(ctx: Ctx, chain: Chain, pattern: Pattern, segments: Mapping[str, Slots]) -> Reading:
-    """A chain's ctx: rotated by the pattern's positions where it has some, masked by pattern and model window."""
+    """Return a chain's ctx: rotated by the pattern's positions where it has some, masked by pattern and model window."""
     turned: dict[str, jax.Array] = {}
     ctx = ctx.for_part("", "pattern")
     if pattern.turns:
@@ -77,7 +77,7 @@ def open_chain(ctx: Ctx, chain: Chain, pattern: Pattern, segments: Mapping[str, 
 
 
 def held_source(store: Store, slots: Slots, rotate=None, rope_pos=None) -> Source:
-    """A segment as a source.  `rotate` turns raw keys after decoding, by `rope_pos` [B,R|1,S] (None: the slots' own)."""
+    """Return a segment as a source.  `rotate` turns raw keys after decoding, by `rope_pos` [B,R|1,S] (None: the slots' own)."""
     turn = slots.pos if rope_pos is None else rope_pos
 
     def tile(start, size):
@@ -103,7 +103,7 @@ def held_source(store: Store, slots: Slots, rotate=None, rope_pos=None) -> Sourc
 
 
 def gather_pos(pos: jax.Array, pages: jax.Array, size: int) -> jax.Array:
-    """Positions [B,R,N * size] of the pages [B,R,N] of `size` slots."""
+    """Return the positions [B,R,N * size] of the pages [B,R,N] of `size` slots."""
     at = slots_of(pages, size, pos.shape[2])
     return jnp.take_along_axis(jnp.broadcast_to(pos, (*at.shape[:2], pos.shape[2])), at, 2)
 
@@ -114,7 +114,7 @@ def gather_pos(pos: jax.Array, pages: jax.Array, size: int) -> jax.Array:
 def read(
     ctx: Ctx, recipe: Recipe, cache: LayerCache, heads: Heads, *, own: bool = True, as_stored: bool = False
 ) -> tuple[jax.Array, jax.Array, Notes, dict[str, dict[str, jax.Array]]]:
-    """Attention of one step over what is held and, unless they are held already, its own tokens.
+    """Compute one step's attention over the held tokens and, unless they are held already, its own tokens.
 
     Args:
       ctx: all KV heads of the layer.
@@ -173,7 +173,7 @@ def _read_chain(
 
 
 def _own_as_stored(reading: Reading, store: Store) -> Source:
-    """The step's own tokens as a segment will hold them: encoded, and decoded where they are read."""
+    """Return the step's own tokens as a segment will hold them: encoded, and decoded where they are read."""
     ctx = reading.ctx
     B, T = ctx.pos.shape
     new = Tokens(ctx.k_raw if reading.raw else ctx.k, ctx.v, ctx.pos[:, None])
@@ -186,7 +186,7 @@ def _rows(chain: Chain, heads: Heads) -> jax.Array | None:
 
 
 def _unsplit(parts: Sequence[jax.Array], rows: Sequence[jax.Array]) -> jax.Array:
-    """Parts of the KV heads [B,R,...] back into one array in the model's order."""
+    """Join parts of the KV heads [B,R,...] into one array in the model's order."""
     return jnp.concatenate(parts, 1)[:, jnp.argsort(jnp.concatenate(rows))]
 
 
@@ -201,7 +201,7 @@ def write(
     lse: jax.Array | None,
     state: Mapping[str, dict[str, jax.Array]] | None = None,
 ) -> LayerCache:
-    """The cache with the step's own tokens in it: each chain admits, evicts and hands down.
+    """Return the cache with the step's own tokens in it: each chain admits, evicts and hands down.
 
     Args:
       ctx, recipe, heads: as in `read`; a token whose position is EMPTY leaves no trace.
@@ -255,7 +255,7 @@ def _write_chain(reading: Reading, held: Mapping[str, Held], new: Tokens) -> dic
 
 
 def update_probe(probe: dict[str, jax.Array], ctx: Ctx) -> dict[str, jax.Array]:
-    """The last real queries of the prompt so far: {"q": [B,K,G,W,D], "pos": [B,W]} and "q_raw" where it is kept."""
+    """Return the last valid queries of the prompt so far: {"q": [B,K,G,W,D], "pos": [B,W]}, and "q_raw" where it is kept."""
     width = probe["pos"].shape[1]
     both_pos = jnp.concatenate([probe["pos"], ctx.pos], 1)
     idx = last_places(both_pos, width)
@@ -272,7 +272,7 @@ def update_probe(probe: dict[str, jax.Array], ctx: Ctx) -> dict[str, jax.Array]:
 def attention(
     ctx: Ctx, recipe: Recipe, cache: LayerCache | None, heads: Heads, *, order: str = "attend"
 ) -> tuple[jax.Array, LayerCache | None, Notes]:
-    """Attention of one layer under a recipe, and its cache afterwards.
+    """Compute the attention of one layer under a recipe, and its cache afterwards.
 
     Args:
       ctx: all KV heads of the layer.
@@ -301,7 +301,7 @@ def attention(
 
 
 def _nothing(ctx: Ctx, recipe: Recipe, heads: Heads) -> LayerCache:
-    """Segments without slots."""
+    """Return segments without slots."""
     segments: dict[str, Slots] = {}
     B, K, _, D = ctx.k.shape
     for chain in recipe.chains:
@@ -323,7 +323,7 @@ def repack(
     heads: Heads,
     widths: Mapping[str, int],
 ) -> LayerCache:
-    """The cache of the prompt turned into that of decoding: choose, then write what stays into new segments.
+    """Turn the cache of the prompt into that of decoding: choose, then write the kept tokens into new segments.
 
     Args:
       ctx: `q`, `pos` are the probe (the last queries of the prompt); k and v are None.
@@ -354,7 +354,7 @@ def repack(
 
 
 def _choose(compress: Compress, ctx: Ctx, held: Held, most: int) -> Tokens:
-    """The best tokens of each row in the order of the text; empty places come last."""
+    """Choose the best tokens of each row in the order of the text; empty places come last."""
     S = held.pos.shape[-1]
     width = min(most, S)
     rows = 1 if compress.shared else held.rows

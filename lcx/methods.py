@@ -1,4 +1,4 @@
-"""The methods that lcx has: a table of every config, made from the configs themselves, and the card of one.
+"""Methods of lcx: a table of every config, made from the configs themselves, and the card of one.
 
 python -m lcx.methods               the table, as the README has it
 python -m lcx.methods --name=snapkv  one method: its axes, settings, exact limits, arrays and the paper's figures
@@ -21,13 +21,13 @@ SHAPE = ModelConfig("smollm2-135m", 30, 576, 9, 3, 64, 1_536, 49_152, 8_192)
 
 
 def experiments() -> dict[str, Experiment]:
-    """Every config of one method, by name."""
+    """Return every config of one method, by name."""
     loaded = {path.stem: load_config(path) for path in all_configs()}
     return {name: value for name, value in loaded.items() if isinstance(value, Experiment)}
 
 
 def axes(experiment: Experiment) -> list[str]:
-    """The axes on which a method makes a choice, each once."""
+    """Return the axes on which a method makes a choice, each once."""
     found: dict[str, None] = {}
     for choice in experiment.recipe.describe():
         axis = choice.axis.split(" of ")[0]
@@ -41,7 +41,7 @@ def axes(experiment: Experiment) -> list[str]:
 
 
 def table() -> str:
-    """The README's table: config, what it is, axes, what was verified."""
+    """Return the README's table: config, description, axes, verification."""
     lines = ["| config | method | axes | verified |", "| --- | --- | --- | --- |"]
     for name, experiment in experiments().items():
         about = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", experiment.about)
@@ -51,7 +51,7 @@ def table() -> str:
 
 
 def card(name: str) -> str:
-    """One method in words.
+    """Return the card of one method in words.
 
     Raises:
       UserError: there is no such config; names the nearest.

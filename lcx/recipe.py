@@ -76,7 +76,7 @@ class Recipe:
         return tuple(c if isinstance(c, tuple) else (c,) for c in self.segments)
 
     def parts(self) -> Iterator[tuple[str, str, Part]]:
-        """(segment name or "", axis, part) of everything that was chosen."""
+        """Yield (segment name or "", axis, part) for every chosen part."""
         for chain in self.chains:
             for s in chain:
                 yield s.name, "policy", s.policy
@@ -86,7 +86,7 @@ class Recipe:
         yield "", "pattern", self.pattern
 
     def map_parts(self, change) -> Recipe:
-        """The recipe with `change(part)` in place of each part."""
+        """Return the recipe with `change(part)` in place of each part."""
 
         def swap(s: Segment) -> Segment:
             compress = None if s.compress is None else change(s.compress)
@@ -102,13 +102,13 @@ class Recipe:
 
     @property
     def has_budget(self) -> bool:
-        """Whether `with_budget` applies: exactly one part of the recipe keeps or reads a number of tokens."""
+        """Return True where `with_budget` applies: exactly one part of the recipe keeps or reads a number of tokens."""
         reads = self.pattern.with_budget(LARGE) is not None
         count = reads + sum(self._budgeted(c).with_budget(LARGE) is not None for c in self.chains)
         return count == 1 and (len(self.chains) == 1 or reads)
 
     def with_budget(self, budget: int) -> Recipe:
-        """The recipe with `budget` tokens per KV head, sinks and observation window included.
+        """Return the recipe with `budget` tokens per KV head, sinks and observation window included.
 
         Raises:
           UserError: the recipe has no budget, or more than one.
@@ -130,38 +130,38 @@ class Recipe:
 
     @property
     def one_shot(self) -> bool:
-        """Whether prefill must take the whole prompt in one step."""
+        """Return True where prefill must take the whole prompt in one step."""
         return self.pattern.one_shot
 
     @property
     def compresses(self) -> bool:
-        """Whether something happens at the end of the prompt."""
+        """Return True where a part acts at the end of the prompt."""
         return any(chain[0].compress is not None for chain in self.chains)
 
     @property
     def probe(self) -> int:
-        """Queries of the prompt's end that are kept until then."""
+        """Number of the prompt's last queries that are kept until its end."""
         return max([0, *(c[0].compress.probe for c in self.chains if c[0].compress is not None)])
 
     def _layer(self, phase: str, layer: int, model: ModelConfig) -> Recipe:
-        """Every part as it acts there; what compresses is still in its place."""
+        """Return the recipe with every part as it acts there; parts that compress are still in their place."""
         if phase not in self.phases:
             raise ValueError(f"phase={phase!r}: allowed are {', '.join(self.phases)}")
         return self.map_parts(lambda part: part.at(phase, layer, model))
 
     def at(self, phase: str, layer: int, model: ModelConfig) -> Recipe:
-        """The recipe of this phase and layer (from 0)."""
+        """Return the recipe of this phase and layer (from 0)."""
         here = self._layer(phase, layer, model)
         if phase != self.phases[0]:
             return here
         return replace(here, segments=tuple(c if c[0].compress is None else (prompt_segment(c),) for c in here.chains))
 
     def program(self) -> Recipe:
-        """The recipe as a program is compiled for it: without the settings that `data` carries."""
+        """Return the recipe that a program is compiled for: without the settings that `data` carries."""
         return self.map_parts(lambda part: part.program())
 
     def data(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Settings that programs take as numbers: segment name or "" -> axis -> name -> value; without the empty ones."""
+        """Return the settings that programs take as numbers: segment name or "" -> axis -> name -> value; without the empty ones."""
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for segment, axis, part in self.parts():
             if part.data():
@@ -171,7 +171,7 @@ class Recipe:
     # ---- arrays
 
     def arrays(self, model: ModelConfig) -> dict[str, Array]:
-        """What the parts read from `ctx.aux`, by name."""
+        """Return the arrays that the parts read from `ctx.aux`, by name."""
         found: dict[str, Array] = {}
         for _, _, part in self.parts():
             for name, array in part.arrays(model).items():
@@ -201,7 +201,7 @@ class Recipe:
     # ---- storage
 
     def capacities(self, phase: str, layer: int, shape: Shape) -> dict[str, int]:
-        """Slots per KV head of every segment of a layer."""
+        """Return the slots per KV head of every segment of a layer."""
         here, now = self._layer(phase, layer, shape.model), self.at(phase, layer, shape.model)
         sizes: dict[str, int] = {}
         for chain, links in zip(here.chains, now.chains, strict=True):
@@ -209,12 +209,12 @@ class Recipe:
         return sizes
 
     def kept(self, layer: int, shape: Shape) -> tuple[tuple[str, int], ...]:
-        """(first segment, most tokens that stay of the prompt) of every chain that compresses, in decode."""
+        """Return (first segment, most tokens that stay of the prompt) of every chain that compresses, in decode."""
         here = self.at(self.phases[-1], layer, shape.model)
         return tuple((c[0].name, kept_width(c, shape, self.rounding)) for c in here.chains if c[0].compress is not None)
 
     def init_layer(self, phase: str, layer: int, shape: Shape, aux: Aux | None = None) -> LayerCache:
-        """An empty cache of one layer."""
+        """Return an empty cache of one layer."""
         here = self.at(phase, layer, shape.model)
         cache = empty_layer(here.chains, here.pattern, self.capacities(phase, layer, shape), layer, aux, shape)
         if phase != self.phases[0] or not self.probe:
@@ -233,12 +233,12 @@ class Recipe:
         batch=1,
         dtype=jnp.float32,
     ) -> list[LayerCache]:
-        """The empty cache, one entry a layer."""
+        """Return the empty cache, one entry per layer."""
         shape = Shape(model, prompt, new_tokens, batch, dtype)
         return [self.init_layer(phase, i, shape, aux) for i in range(model.num_layers)]
 
     def bytes(self, model: ModelConfig, context: int, new_tokens: int = 0, **settings) -> int:
-        """Bytes of the cache's arrays, everything counted: codes, scales, tails, positions, page summaries, scores.
+        """Return the bytes of all arrays of the cache: codes, scales, tails, positions, page summaries, scores.
 
         Args:
           model: its shape; no weights are needed.
@@ -251,7 +251,7 @@ class Recipe:
     # ---- words
 
     def describe(self) -> list[Choice]:
-        """Every choice that is not the one that changes nothing, in words; the pattern first."""
+        """Describe every choice that differs from its axis's identity, in words; the pattern first."""
         found = []
         parts = list(self.parts())
         for segment, axis, part in [parts[-1], *parts[:-1]]:
@@ -274,7 +274,7 @@ def _check_keys(aux: dict[str, Any], layer: int) -> None:
 
 
 def _check_heads(named: set[str], heads: dict[str, Any], model: ModelConfig, layer: int) -> None:
-    """The named heads are all there, and every KV head is in exactly one of them."""
+    """Raise UserError unless the named heads are all there and every KV head is in exactly one of them."""
     if not named:
         return
     missing = sorted(named - set(heads))
@@ -286,7 +286,7 @@ def _check_heads(named: set[str], heads: dict[str, Any], model: ModelConfig, lay
 
 
 def _check_arrays(declared: dict[str, Array], given: dict[str, Any], model: ModelConfig, layer: int) -> None:
-    """Every array that a part declares is there in its shape, and there is no other."""
+    """Raise UserError unless the given arrays are those that the parts declare, in their shapes."""
     for name in given:
         if name not in declared:
             raise UserError(

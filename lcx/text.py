@@ -1,4 +1,4 @@
-"""Numbers and free text as people read them, on a terminal, in a page or in a figure."""
+"""Numbers and free text for people, on a terminal, in a page or in a figure."""
 
 from __future__ import annotations
 

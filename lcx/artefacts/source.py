@@ -1,4 +1,4 @@
-"""Where a method's arrays come from."""
+"""Sources of a method's arrays."""
 
 from __future__ import annotations
 

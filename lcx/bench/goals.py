@@ -1,4 +1,4 @@
-"""The goals of the kernels, and what a run says about each."""
+"""The goals of the kernels, and a run's verdict on each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Timed = dict[str, Any]
 
 
 def summary(timed: list[Timed]) -> None:
-    """Prints goals and what came out."""
+    """Print the goals and the measured values."""
     print("\ngoal, ratio to the best peer in this run (above 1: ours is faster)")
     rows = [r for r in timed if r.get("case")]
     for lines in (_peers(rows), _sparse(rows), _decode(rows), _scores(rows)):
@@ -33,7 +33,7 @@ def summary(timed: list[Timed]) -> None:
 
 
 def judged(value: float, goal: float, met: bool | None = None) -> str:
-    """A figure beside its goal; `met`: None where more is better."""
+    """Return a figure beside its goal; `met`: None where more is better."""
     met = value >= goal if met is None else met
     return f"{value:.3f}, goal {goal:g} {'met' if met else 'NOT met'}"
 
@@ -61,7 +61,7 @@ def _peers(rows: list[Timed]) -> list[str]:
 
 
 def _beside(row: Timed, name: str) -> float | None:
-    """Our speed over that of the best peer whose name begins so."""
+    """Return our speed over that of the best peer whose name begins with `name`."""
     found = [1 / peer["ours_over_it"] for n, peer in row.get("peers", {}).items() if n.startswith(name)]
     return min(found, default=None)
 
@@ -96,7 +96,7 @@ def _decode(rows: list[Timed]) -> list[str]:
 
 
 def _scores(rows: list[Timed]) -> list[str]:
-    """Against the dense forward pass of the queries that are scored; a probe, made once a text, against that of all."""
+    """Compare with the dense forward pass of the scored queries; a probe, made once a text, with that of all queries."""
     dense = [r for r in rows if _is(r, kernel="forward", head_dim=128, tokens=LONG, density=None, batch=1)]
     lines = []
     for r in rows:

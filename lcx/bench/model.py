@@ -51,7 +51,7 @@ shape = jax.ShapeDtypeStruct
 
 
 def rows() -> list[Row]:
-    """Every part."""
+    """Return the rows of every part."""
     return [
         *(_prefill(part, i) for i in SAMPLED for part in PREFILL_PARTS),
         _row("model prefill: layer", (), layer, lambda: (shape((CHUNK, E), bf16), _weights())),
@@ -72,7 +72,7 @@ def _decode(name: str, case: Case, calls: int) -> Row:
 
 
 def filled(shapes: tuple) -> tuple:
-    """Arrays of these shapes, of floats or bools, at random."""
+    """Return random arrays of these shapes, of floats or bools."""
 
     def one(key, x):
         if x.dtype == bool:
@@ -92,7 +92,7 @@ def filled(shapes: tuple) -> tuple:
 
 
 def choose(scores, offset: int):
-    """bool like `scores` [b,K,G,Q,N] as heads [b,H,Q,N]: in each row the largest, DENSITY of the tiles that it may see.
+    """Return bool like `scores` [b,K,G,Q,N] as heads [b,H,Q,N]: in each row the largest, DENSITY of the tiles that it may see.
 
     The threshold is found bit by bit, in passes that count; a sort would cost many times as much.
     """
@@ -117,7 +117,7 @@ def _width(keys: int) -> int:
 
 
 def _prefill(part: str, i: int) -> Row:
-    """A part at a chunk, whose queries see `keys` keys."""
+    """Return the row of a part at a chunk, whose queries see `keys` keys."""
     offset, keys = i * CHUNK, (i + 1) * CHUNK
     tiles = (CHUNK // ROWS, keys // SIZE)
     scale, name = D**-0.5, f"model prefill: {part} chunk {i}"
@@ -152,7 +152,7 @@ def _weights() -> dict[str, Any]:
 
 
 def layer(x, weights):
-    """A layer but for its attention, in whose place the queries stand: all products, norms without gains, gate."""
+    """Compute a layer without its attention, in whose place the queries stand: all products, norms without gains, gate."""
 
     def norm(x):
         wide = x.astype(jnp.float32)
@@ -166,7 +166,7 @@ def layer(x, weights):
 
 
 def prefill_s(ms: dict[str, float]) -> float | None:
-    """Seconds by the formula of the module, from the parts' milliseconds by name; None where one is missing."""
+    """Return the seconds by the formula of the module, from the parts' milliseconds by name; None where one is missing."""
     chunks = np.arange(PREFILL // CHUNK)
     names = {part: [f"model prefill: {part} chunk {i}" for i in SAMPLED] for part in PREFILL_PARTS}
     if not {"model prefill: layer", *sum(names.values(), [])} <= set(ms):
@@ -179,14 +179,14 @@ def prefill_s(ms: dict[str, float]) -> float | None:
 
 
 def kv_bytes() -> int:
-    """Of the decode row, in whole pages, all layers; weights apart."""
+    """Return the cache bytes of the decode row, in whole pages, all layers; weights are not included."""
     full = CONTEXT // PAGE * page_bytes(Payload(FULL.payload, FULL.by), D)
     streaming = -(-(SINK + RECENT) // PAGE) * page_bytes(Payload("bf16"), D)
     return LAYERS * (FULL_HEADS * full + (K - FULL_HEADS) * streaming)
 
 
 def step_ms(ms: dict[str, float]) -> float | None:
-    """Milliseconds of a token by the formula of the module; None where a part is missing."""
+    """Return the milliseconds of a token by the formula of the module; None where a part is missing."""
     parts = [f"model decode: {n}" for n in ("full heads int4", "streaming heads bf16", "layer", "head")]
     if not set(parts) <= set(ms):
         return None
@@ -194,12 +194,12 @@ def step_ms(ms: dict[str, float]) -> float | None:
 
 
 def counted() -> dict[str, Any]:
-    """What needs no clock."""
+    """Return the figures that need no clock."""
     return {"kv_bytes": kv_bytes(), "kv_goal": KV_BYTES, "met": kv_bytes() <= KV_BYTES}
 
 
 def composed(ms: dict[str, float]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, row) of what could be composed from the parts' milliseconds by name."""
+    """Return (name, row) for each row that can be composed from the parts' milliseconds by name."""
     parts = {name: time for name, time in ms.items() if name.startswith("model ")}
     about = (
         (f"model prefill {PREFILL:,} at {DENSITY:.0%}", "prefill", "seconds", prefill_s(ms), PREFILL_S),

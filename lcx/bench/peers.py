@@ -1,4 +1,4 @@
-"""Other people's attention on the same card: each is optional, and says why where it is absent."""
+"""Other people's attention on the same card: each peer is optional, and names the reason where it is absent."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FA3_DECODE = ((4, 64), (16, 64), (4, 256), (16, 256))  # splits of a row, tokens
 
 
 class Absent(Exception):
-    """A peer that cannot take part in a row; says why."""
+    """Reason why a peer cannot take part in a row."""
 
 
 def timers(case: Case, ours: tuple[Any, ...]) -> Iterator[tuple[str, Callable[[], Timed]]]:
-    """(name, what makes a timer) of every peer; making one raises Absent, or whatever the peer does.
+    """Yield (name, maker of a timer) for every peer; the maker raises Absent, or whatever the peer does.
 
     Args:
       case: a row.
@@ -60,7 +60,7 @@ def _plain(case: Case) -> None:
 
 
 def _tokens_first(args):
-    """q [B,T,H,D], k and v [B,S,K,D], as the field has them; made before the clock runs."""
+    """Return q [B,T,H,D], k and v [B,S,K,D], in the field's layout; made before the clock runs."""
     import jax.numpy as jnp
 
     q, k, v = args()
@@ -97,7 +97,7 @@ def _fa3(case: Case, args) -> Timed:
 
 
 def _pool(case: Case):
-    """q, keys, values [pages,64,K,D] and shuffled tables [sets,B,pages of 64] of FA3, as many sets as ours."""
+    """Return q, keys, values [pages,64,K,D] and shuffled tables [sets,B,pages of 64] of FA3, as many sets as ours."""
     import jax
     import jax.numpy as jnp
 
@@ -176,7 +176,7 @@ def _torch(case: Case, backend: str) -> Timed:
 
 
 def _flex(case: Case) -> Timed:
-    """Compiled flex_attention; its BlockMask is the same causal mask, or the same tiles."""
+    """Return compiled flex_attention; its BlockMask is the same causal mask, or the same tiles."""
     torch, arrays = _torch_arrays(case)
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     offset, mask = case.tokens - case.T, case.mask

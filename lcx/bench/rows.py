@@ -1,4 +1,4 @@
-"""What is checked and what is timed, whichever kernel it is: programs with their arguments, as shapes and as arrays."""
+"""Rows and checks of every kernel: programs with their arguments, as shapes and as arrays."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """A program, its arguments as arrays and as shapes, and what computes the same plainly."""
+    """Program, its arguments as arrays and as shapes, and its plain reference."""
 
     name: str
     kernel: str
@@ -50,7 +50,7 @@ class Check:
 
 
 def row_of(case: Case) -> Row:
-    """The timed row of a case."""
+    """Return the timed row of a case."""
     if case.kernel == "decode":
         sets = decode.calls(case)
         return Row(
@@ -82,7 +82,7 @@ def row_of(case: Case) -> Row:
 
 
 def check_of(case: Case, on_gpu: bool) -> Check:
-    """The check of a case."""
+    """Return the check of a case."""
     if case.kernel == "decode":
         # interpreted, each of as many pieces as fill a GPU would take its time
         attend = decode.program(case, None if on_gpu else 2)
@@ -108,6 +108,6 @@ def _abstract(case: Case) -> tuple[Any, ...]:
 
 
 def abstract_list(shape: tuple[int, ...]) -> BlockList:
-    """A list with an index of this shape, as shapes."""
+    """Return a list with an index of this shape, as shapes."""
     kinds = ((shape, jnp.int32), (shape[:3], jnp.int32), (shape, jnp.int8))
     return BlockList(*(cast(jax.Array, jax.ShapeDtypeStruct(*kind)) for kind in kinds))

@@ -32,7 +32,7 @@ DRIFT = 0.03  # a row whose clock moved by more is marked
 
 
 class Rows:
-    """Writes rows as they are done; remembers them for the summary."""
+    """Writer of rows as they are done; remembers them for the summary."""
 
     def __init__(self, path: Path, shared: dict[str, Any]):
         self.path, self.shared, self.rows = path, shared, []
@@ -53,7 +53,7 @@ class Rows:
 
 
 def versions() -> dict[str, Any]:
-    """What a row needs to be judged later."""
+    """Return the versions and the commit that a row is judged by later."""
 
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -68,7 +68,7 @@ def versions() -> dict[str, Any]:
 
 
 def check(rows: Rows, on_gpu: bool, only: str = "") -> set[str]:
-    """Kernels that are wrong, or whose check fails."""
+    """Check the kernels and return those that are wrong or whose check fails."""
     bad = set()
     for case in selected(cases.checks(on_gpu), only):
         start = time.perf_counter()
@@ -87,7 +87,7 @@ def check(rows: Rows, on_gpu: bool, only: str = "") -> set[str]:
 
 
 def error_of(case: Case, on_gpu: bool) -> float:
-    """The error of a case's kernel against its reference."""
+    """Return the error of a case's kernel against its reference."""
     execute: Callable = jax.jit
     if not on_gpu:
         # it reaches into JAX's interpreter, which a GPU does without
@@ -101,12 +101,12 @@ def error_of(case: Case, on_gpu: bool) -> float:
 
 
 def selected(rows, only: str) -> list:
-    """Those whose name contains `only`."""
+    """Return the rows whose name contains `only`."""
     return [row for row in rows if only in row.name]
 
 
 def add_composed(rows: Rows, timed: list[dict[str, Any]], only: str = "") -> None:
-    """Rows of whole models, from the parts that were timed."""
+    """Add the rows of whole models, from the timed parts."""
     if only in model.COUNTED:
         rows.add("counted", model.COUNTED, **model.counted())
     for name, row in model.composed({r["name"]: r["ms"] for r in timed}):
@@ -133,7 +133,7 @@ def compile_rows(rows: Rows, only: str = "") -> None:
 
 
 def time_rows(rows: Rows, bad: set[str], only: str = "", limit_s: float = 570.0) -> Iterator[dict[str, Any]]:
-    """Times of every row, ours and the peers' in turn; none begins after `limit_s` seconds."""
+    """Time every row, ours and the peers' in turn; none begins after `limit_s` seconds."""
     copy, flops = timing.copy_bandwidth(), timing.matmul_flops()
     rows.add("card", "copy and matmul", copy_bytes_per_s=copy, matmul_flops_per_s=flops, **timing.card())
     for row in selected(order.timed_rows(), only):
@@ -157,7 +157,7 @@ def time_rows(rows: Rows, bad: set[str], only: str = "", limit_s: float = 570.0)
 
 
 def drifted(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
-    """Whether the clock moved by more than DRIFT; None where the card does not tell it."""
+    """Return True where the clock moved by more than DRIFT; None where the card does not report it."""
     try:
         clocks = [float(told["sm_mhz"]) for told in (before, after)]
     except (KeyError, ValueError):
@@ -166,12 +166,12 @@ def drifted(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
 
 
 def one_line(error: Exception) -> str:
-    """Its type and the beginning of what it says."""
+    """Return the type of an error and the beginning of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def time_row(row, copy: float, flops: float) -> dict[str, Any]:
-    """What is told of one row; its arrays are gone afterwards."""
+    """Return the figures of one timed row; its arrays are freed afterwards."""
     args, case = row.make(), row.case
     timed, absent = {"ours": timing.repeated(timing.jax_timer(row.program, args), row.calls)}, {}
     for name, make in peers.timers(case, args) if case else ():

@@ -38,7 +38,7 @@ ROWS = {8: (32, 1), 16: (32, 4), 32: (64, 4)}
 
 
 def table(kernel: str, payload: str = "bf16", rows: int = 8) -> tuple[str, dict[int, Any]]:
-    """Name of a kernel's table, and its entries by head_dim; None where decode has none."""
+    """Return the name of a kernel's table, and its entries by head_dim; None where decode has none."""
     name = kernel.upper()
     entries = getattr(tables, name)
     if kernel != "decode":
@@ -47,7 +47,7 @@ def table(kernel: str, payload: str = "bf16", rows: int = 8) -> tuple[str, dict[
 
 
 def candidates(kernel: str, now: Any) -> Iterator[Any]:
-    """The present entry first, then every other combination of CHOICES."""
+    """Yield the present entry first, then every other combination of CHOICES."""
     if now is not None:
         yield now
     names, values = zip(*CHOICES[kernel].items(), strict=True)
@@ -59,7 +59,7 @@ def candidates(kernel: str, now: Any) -> Iterator[Any]:
 
 
 def case_of(kernel: str, head_dim: int, payload: str = "bf16", rows: int = 8):
-    """The row of the benchmark that a kernel is timed on."""
+    """Return the row of the benchmark that a kernel is timed on."""
     if kernel == "decode":
         heads, queries = ROWS[rows]
         return Case("decode", 131_072, head_dim, heads=heads, queries=queries, payload=payload)
@@ -71,7 +71,7 @@ def case_of(kernel: str, head_dim: int, payload: str = "bf16", rows: int = 8):
 
 
 def program(case, tile: Any) -> Callable:
-    """The case's program, of the arguments of its row, with other sizes."""
+    """Return the case's program, of the arguments of its row, with other sizes."""
     if case.kernel == "decode":
         return decode.program(case, tile=tile)
     if case.kernel in cases.SCORES:
@@ -80,7 +80,7 @@ def program(case, tile: Any) -> Callable:
 
 
 def with_entry(source: str, name: str, key: Any, tile: Any, part: int | None = None) -> str:
-    """The text of tables.py with another entry.
+    """Return the text of tables.py with another entry.
 
     Args:
       source: the text.
@@ -113,7 +113,7 @@ def with_entry(source: str, name: str, key: Any, tile: Any, part: int | None = N
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing on stderr: the compiler's dumps look for a disassembler that nobody needs, and log its absence for each kernel."""
+    """Silence stderr: the compiler's dumps look for a disassembler that nobody needs, and log its absence for each kernel."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nothing:

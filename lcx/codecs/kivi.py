@@ -101,7 +101,7 @@ class Kivi(Codec):
 def chain(
     bits: int = 2, group_size: int = 32, residual: int = 128, heads: str = "all", compress: Compress | None = None
 ) -> tuple[Segment, Segment]:
-    """KIVI's two segments: an exact tail of the newest tokens, and the pages that leave it.
+    """Return KIVI's two segments: an exact tail of the newest tokens, and the pages that leave it.
 
     Differs: keys and values leave together, `residual` tokens at a time, once 2 * residual are there, so the tail holds residual ...
     2 * residual - 1 tokens.  It always contains what the paper keeps exact (keys: the T % residual newest; values: the residual newest).

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def pack(codes, bits: int, axis: int):
-    """uint8 codes below 2**bits -> uint8 with 8 // bits codes a byte; the axis shrinks by that factor, which must divide it."""
+    """Pack uint8 codes below 2**bits, 8 // bits of them a byte; the axis shrinks by that factor, which must divide it."""
     parts = jnp.split(codes.astype(jnp.uint8), 8 // bits, axis)
     packed = parts[0]
     for i, part in enumerate(parts[1:], 1):
@@ -15,7 +15,7 @@ def pack(codes, bits: int, axis: int):
 
 
 def unpack(packed, bits: int, axis: int):
-    """The inverse of `pack`; uint8."""
+    """Unpack what `pack` returned; uint8."""
     if bits == 8:
         return packed
     mask = jnp.uint8(2**bits - 1)
@@ -23,7 +23,7 @@ def unpack(packed, bits: int, axis: int):
 
 
 def ranges(low, high, bits: int):
-    """Scale and minimum of an asymmetric quantiser as they are stored, float16, from the extremes of each group.
+    """Return scale and minimum of an asymmetric quantiser as they are stored, float16, from the extremes of each group.
 
     The minimum is clipped to float16's range; the scale is taken from the stored minimum, so that the error of rounding the minimum
     stays at that and is not added to every code.
@@ -35,7 +35,7 @@ def ranges(low, high, bits: int):
 
 
 def quantise(x, scale, minimum, bits: int):
-    """Codes of x under a stored scale and minimum; a group of equal values has scale 0 and code 0."""
+    """Return the codes of x under a stored scale and minimum; a group of equal values has scale 0 and code 0."""
     step = scale.astype(jnp.float32)
     codes = (x - minimum.astype(jnp.float32)) / jnp.where(step > 0, step, 1.0)
     return jnp.clip(jnp.round(codes), 0, 2**bits - 1).astype(jnp.uint8)

@@ -20,7 +20,7 @@ KINDS = ("fp8", "int8", "int4", "int2")
 
 @dataclass(frozen=True)
 class Paged(Codec):
-    """Keys and values of 64 neighbouring tokens in one page, which a decode step on Hopper reads as it lies.
+    """Keys and values of 64 neighbouring tokens in one page, in the layout that a decode step on Hopper reads.
 
     No paper's own: the quantiser is KIVI's, Liu et al. 2024, arXiv:2402.02750, section 3.2 (asymmetric, keys after RoPE per channel,
     values per token), with a page for the group of keys and a whole head for that of values; `by="token"` is `Int`'s.  float16 scales
@@ -48,7 +48,7 @@ class Paged(Codec):
 
     @property
     def payload(self) -> Payload:
-        """How a page is written."""
+        """Payload of a page."""
         return Payload(self.kind, self.by)
 
     def check(self, size):
@@ -87,7 +87,7 @@ class Paged(Codec):
 def chain(
     kind: str = "int4", by: str = "channel", residual: int = 64, heads: str = "all", compress: Compress | None = None
 ) -> tuple[Segment, Segment]:
-    """An exact tail of the newest `residual` ... `residual + 63` tokens, and the pages that leave it.
+    """Return an exact tail of the newest `residual` ... `residual + 63` tokens, and the pages that leave it.
 
     Args:
       kind, by: as in `Paged`.

@@ -1,4 +1,4 @@
-"""Where the first value of a run that is not finite stands: the run again, with every layer's output looked at."""
+"""Search for the first value of a run that is not finite: the run is repeated with every layer's output checked."""
 
 from __future__ import annotations
 

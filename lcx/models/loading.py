@@ -16,7 +16,7 @@ from lcx.pretrained import Tokenizer, load_arrays
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A loaded model.  `name` is what was asked for, `sha256` that of its file or folder, `licence` as the source states it."""
+    """Loaded model.  `name` is the requested one, `sha256` that of its file or folder, `licence` as the source states it."""
 
     layers: Layers
     tokenizer: Tokenizer

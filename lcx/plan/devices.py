@@ -1,4 +1,4 @@
-"""What a plan is made for: this machine's own device, or some GPUs of one kind that need not be there."""
+"""Devices of a plan: this machine's own device, or GPUs of one kind that need not be installed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Device:
 
 
 def device(name: str) -> Device:
-    """The device of this name: cpu, one of TARGETS, or several of them, as 2xh200.
+    """Return the device of this name: cpu, one of TARGETS, or several of them, as 2xh200.
 
     Raises:
       UserError: there is none; names the nearest.
@@ -58,5 +58,5 @@ def check_compiler(found: Device) -> None:
 
 
 def budget_bytes(found: Device, reserve_mib: int) -> int:
-    """What arrays and scratch may take on each device."""
+    """Return the bytes that arrays and scratch may take on each device."""
     return found.memory_bytes - reserve_mib * MIB

@@ -1,4 +1,4 @@
-"""The programs of one session at one length: what is alive while each runs (exact), and what XLA adds (compiled)."""
+"""Programs of one session at one length: the memory alive while each runs (exact), and XLA's additions (compiled)."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Part:
 
     @property
     def label(self) -> tuple[str, int]:
-        """What is the same program at another length."""
+        """Name of the same program at every length."""
         return self.name, self.layer
 
     @cached_property
     def key(self):
-        """Equal for programs that compile to the same."""
+        """Key that is equal for programs that compile to the same."""
         leaves, tree = jax.tree.flatten(self.args)
         shapes = tuple((x.shape, jnp.result_type(x)) for x in leaves)
         return self.program, tuple(sorted(self.static.items(), key=lambda item: item[0])), tree, shapes
@@ -57,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """What XLA's buffer assignment adds to a program's arguments, in bytes.
+    """Additions of XLA's buffer assignment to a program's arguments, in bytes.
 
     Attributes:
       temp_bytes: scratch.
@@ -74,7 +74,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a session is planned with, its length apart.
+    """Settings of a planned session, without its length.
 
     Attributes:
       config: the model, or its part on one of several devices.
@@ -99,7 +99,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A session at one length.
+    """Programs and caches of a session at one length.
 
     Attributes:
       parts: its programs.
@@ -113,7 +113,7 @@ class Timeline:
 
 
 def timeline(setting: Setting, experiment: Experiment, length: int, aux: Aux | None) -> Timeline:
-    """The programs that a prompt of `length` tokens and the steps after it run, as `Session` runs them."""
+    """Return the programs that a prompt of `length` tokens and the steps after it run, as `Session` runs them."""
     config = setting.config
     session = SessionPrograms(
         abstract_layers(config, setting.dtype),
@@ -155,14 +155,14 @@ def timeline(setting: Setting, experiment: Experiment, length: int, aux: Aux | N
 
 
 def _kind(session: SessionPrograms, name: str, layer: int) -> Any:
-    """What a layer's program has in common with those of other layers."""
+    """Return the key that a layer's program shares with those of other layers."""
     if name == "repack":
         return session.repack_key(layer)
     return session.kinds[name][layer]
 
 
 class Compiler:
-    """Compiles programs for targets, each once, two at a time: XLA works outside the interpreter's lock, mostly on one core."""
+    """Compiler of programs for targets, each once, two at a time: XLA works outside the interpreter's lock, mostly on one core."""
 
     def __init__(self, workers: int = 2):
         self._pool = ThreadPoolExecutor(max_workers=workers)
@@ -170,7 +170,7 @@ class Compiler:
         self._lock = threading.Lock()
 
     def submit(self, target: GpuTarget | None, parts: Sequence[Part]) -> list[Future[Report]]:
-        """Start what is not compiled yet."""
+        """Start the compilation of parts that are not compiled yet."""
         result = []
         for part in parts:
             key = (target, part.key)
@@ -181,7 +181,7 @@ class Compiler:
         return result
 
     def known(self, target: GpuTarget | None, part: Part) -> Report | None:
-        """What is compiled already, perhaps for another length: programs of a cache that does not grow are the same at all."""
+        """Return the report of a compiled program, perhaps of another length: programs of a cache that does not grow are equal."""
         found = self._found.get((target, part.key))
         return found.result() if found is not None else None
 
@@ -196,7 +196,7 @@ CPU_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_
 
 
 def compile_options(target: GpuTarget | None) -> dict[str, int] | None:
-    """None on a GPU that is there: it is compiled for as a run would."""
+    """Return the options of a compilation; None for a local GPU, which is compiled with the options of a real run."""
     if target is not None:
         return GPU_OPTIONS
     return CPU_OPTIONS if jax.default_backend() == "cpu" else None

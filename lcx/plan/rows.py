@@ -33,7 +33,7 @@ FAR_BEYOND = 4  # times the longest context that fits; programs of terabytes tak
 
 @dataclass(frozen=True)
 class Asked:
-    """What a plan is asked for, beside the model, the method, the device and the length.
+    """Request for a plan, beside the model, the method, the device and the length.
 
     Attributes:
       new_tokens: tokens that there is room for after the prompt.
@@ -97,7 +97,7 @@ class Job:
 
     @property
     def weights(self) -> dict[str, int]:
-        """Bytes of one device's weights by kind, as they are counted."""
+        """Return the bytes of one device's weights by kind, as they are counted."""
         return weight_table(self.setting.config, self.setting.dtype, self.asked.weight_bits)
 
     @property
@@ -105,7 +105,7 @@ class Job:
         return self.asked.reserve_mib * MIB
 
     def experiment_at(self, length: int) -> Experiment:
-        """The experiment with the requested budget; methods that keep every token are returned unchanged."""
+        """Return the experiment with the requested budget; methods that keep every token are returned unchanged."""
         if not self.experiment.recipe.has_budget:
             return self.experiment
         # the search for a limit looks at prompts that are shorter than sinks and observation windows
@@ -127,7 +127,7 @@ class Job:
         )
 
     def times(self, length: int) -> Roofline | None:
-        """The roofline, predicted; None on a CPU, which has no vendor's figures."""
+        """Return the predicted roofline; None on a CPU, which has no vendor's figures."""
         target = self.device.target
         if target is None:
             return None
@@ -188,7 +188,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What one method needs at one context length; bytes are of one device.
+    """Needs of one method at one context length; bytes are of one device.
 
     Attributes:
       job: what was asked for.
@@ -208,7 +208,7 @@ class PlanRow:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the memory less the reserve."""
+        """Return True where the peak is within the memory less the reserve."""
         return self.at.peak_bytes <= budget_bytes(self.job.device, self.job.asked.reserve_mib)
 
     @property
@@ -258,7 +258,7 @@ class PlanRow:
 
 
 def make_job(model: ModelConfig, method: str, experiment: Experiment, where: Device, asked: Asked | None = None) -> Job:
-    """Check all that can be checked before anything is compiled.
+    """Check the method, model and device before anything is compiled, and return the job.
 
     Raises:
       UserError: a recipe that does not suit the model, devices that do not divide it, or a compiler that is missing.
@@ -394,7 +394,7 @@ def estimate(
     compiler: Compiler | None = None,
     **settings,
 ) -> PlanRow:
-    """One length, compiled; the prompt is read by the experiment's own schedule.
+    """Return the plan at one length, compiled; the prompt is read by the experiment's own schedule.
 
     Args:
       config: the model's shape.

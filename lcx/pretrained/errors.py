@@ -9,7 +9,7 @@ PATH = 80  # characters of a path that are kept where the text is longer
 
 
 def one_line(text: str) -> str:
-    """`text` on one line of at most MOST characters: a long path before the first ": " loses its beginning, then the text its end."""
+    """Return `text` on one line of at most MOST characters: the path before the first ": " loses its beginning, then the text its end."""
     text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     if len(text) > MOST:
         path, colon, problem = text.partition(": ")
@@ -30,7 +30,7 @@ class CheckpointFormatError(LoadError):
 
 
 class CheckpointMismatch(LoadError):
-    """Stored weights do not fit their config.  `problems` lists all of them, the message as many as have room."""
+    """Mismatch of stored weights and their config.  `problems` lists all of them, the message as many as have room."""
 
     def __init__(self, path: str, problems: list[str]):
         shown, room = [], MOST - min(len(path), PATH) - 60

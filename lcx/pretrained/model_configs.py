@@ -45,7 +45,7 @@ def _build(path: str, **values) -> ModelConfig:
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:
-    """ModelConfig of a GGUF file of arch llama, qwen2, qwen3, phi3 or gemma3.
+    """Return the ModelConfig of a GGUF file of arch llama, qwen2, qwen3, phi3 or gemma3.
 
     Raises:
       CheckpointFormatError: a key is missing, of the wrong type, or asks for what lcx does not compute.
@@ -119,7 +119,7 @@ def _gguf_vocab_size(file: GGUFFile, f: Fields, arch: str) -> int:
 
 
 def config_from_hf(raw: Mapping[str, object], path: str) -> ModelConfig:
-    """ModelConfig of a Hugging Face config.json.
+    """Return the ModelConfig of a Hugging Face config.json.
 
     Args:
       raw: the parsed file.
@@ -172,7 +172,7 @@ def config_from_hf(raw: Mapping[str, object], path: str) -> ModelConfig:
 
 
 def _attention_bias(f: Fields, arch: str) -> bool:
-    """True for biases on q, k, v and o.  Qwen2 has its own on q, k and v whatever the key says."""
+    """Return True for biases on q, k, v and o.  Qwen2 has its own on q, k and v whatever the key says."""
     if arch in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
         return f.boolean("attention_bias", False)
     f.refuse("attention_bias", (True, False) if arch == "Qwen2ForCausalLM" else (False,))
@@ -191,7 +191,7 @@ def _hf_gemma3(f: Fields, num_layers: int) -> dict[str, object]:
 
 
 def _hf_window(f: Fields, arch: str, num_layers: int, context: int) -> dict[str, object]:
-    """`window` and `local_layers`.  A window that the context does not exceed is none."""
+    """Return `window` and `local_layers`.  A window of at least the context is dropped."""
     given = f.values.get("sliding_window", DEFAULT_WINDOW.get(arch))
     if arch in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         kinds = _layer_types(f, num_layers)
@@ -223,7 +223,7 @@ def _hf_window(f: Fields, arch: str, num_layers: int, context: int) -> dict[str,
 
 
 def _layer_types(f: Fields, num_layers: int) -> tuple[bool, ...] | None:
-    """True for each layer that slides; None where the file has no list."""
+    """Return True for each layer that slides; None where the file has no list."""
     kinds = f.values.get("layer_types")
     if kinds is None:
         return None
@@ -234,7 +234,7 @@ def _layer_types(f: Fields, num_layers: int) -> tuple[bool, ...] | None:
 
 
 def _hf_rope(f: Fields, arch: str, head_dim: int, context: int) -> dict[str, object]:
-    """RoPE from `rope_theta` + `rope_scaling` (older files) or `rope_parameters` (newer ones)."""
+    """Return the RoPE of `rope_theta` + `rope_scaling` (older files) or `rope_parameters` (newer ones)."""
     key = "rope_parameters" if f.has("rope_parameters") else "rope_scaling"
     scaling = f.section(key)
     if key == "rope_parameters" and f.section("rope_scaling").values:

@@ -89,7 +89,7 @@ class Checkpoint:
 
 
 def load_arrays(name: str, dtype: str = "float32", accept_licence: bool = False) -> Checkpoint:
-    """Loads a model's config, weights and tokenizer.
+    """Load a model's config, weights and tokenizer.
 
     Args:
       name: a name of MODELS, a GGUF file, a folder in Hugging Face layout, or a hub id `org/name` (needs lcx[hub]).
@@ -127,12 +127,12 @@ def shown(name: str) -> str:
 
 
 def is_installed(name: str) -> bool:
-    """Whether the packages of a registered model are there; their content is not checked."""
+    """Return True where the packages of a registered model are installed; their content is not checked."""
     return all(path is not None and path.is_file() for path in located(MODELS[name]))
 
 
 def located(model: Model) -> list[Path | None]:
-    """Where the files of a registered model lie, None for those of a package that is not installed."""
+    """Return the paths of a registered model's files, None for those of a package that is not installed."""
     found: list[Path | None] = []
     for package, file in model.files:
         try:
@@ -143,7 +143,7 @@ def located(model: Model) -> list[Path | None]:
 
 
 def _registered(name: str, accept_licence: bool) -> Path:
-    """The one file of a registered model, checked against its sha256; parts are joined in the cache folder first."""
+    """Return the one file of a registered model, checked against its sha256; parts are joined in the cache folder first."""
     model = MODELS[name]
     if model.terms and not accept_licence:
         raise LoadError(f"model={shown(name)} has terms of use: read {model.terms}, then pass accept_licence=True")

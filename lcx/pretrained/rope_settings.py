@@ -40,7 +40,7 @@ def _rope(path: str, **values) -> Rope:
 def yarn_divisors(
     base: float, pairs: int, factor: float, trained: int, fast: float, slow: float, truncate: bool = True
 ):
-    """YaRN's divisors: `factor` for pairs that turn less than `slow` times in `trained` tokens, 1 for more than `fast` times.
+    """Return YaRN's divisors: `factor` for pairs that turn less than `slow` times in `trained` tokens, 1 for more than `fast` times.
 
     Source: YaRN, arXiv:2309.00071, equation 20, with the ramp over whole pairs as in transformers and llama.cpp.
     """
@@ -58,7 +58,7 @@ def yarn_divisors(
 
 
 def llama3_divisors(base: float, pairs: int, factor: float, low: float, high: float, trained: int) -> tuple[float, ...]:
-    """Divisors of Llama 3.1, as in `transformers.modeling_rope_utils`."""
+    """Return the divisors of Llama 3.1, as in `transformers.modeling_rope_utils`."""
     divisors = []
     for i in range(pairs):
         wavelength = 2 * math.pi * base ** (i / pairs)
@@ -69,7 +69,7 @@ def llama3_divisors(base: float, pairs: int, factor: float, low: float, high: fl
 
 
 def hf_rope(f: Fields, scaling: Fields, key: str, head_dim: int, context: int, default_base: float, phi3: bool = False):
-    """RoPE of one section of config.json.
+    """Return the RoPE of one section of config.json.
 
     Args:
       f: the whole file; older ones have `rope_theta`, `partial_rotary_factor` and `original_max_position_embeddings` there.
@@ -154,7 +154,7 @@ def _longrope_scale(factor: float, trained: int) -> float:
 
 
 def gguf_rope(file: GGUFFile, f: Fields, arch: str, head_dim: int, context: int) -> RopeSettings:
-    """RoPE of a GGUF file.
+    """Return the RoPE of a GGUF file.
 
     As in llama.cpp: a factor without a type is linear scaling, type "none" turns the factor off, `rope_freqs.weight` divides frequencies
     whatever the type, and YaRN's own factor on cos and sin is multiplied by `attn_factor`.
@@ -236,7 +236,7 @@ ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_short.weight", "rop
 
 
 def model_values(settings: RopeSettings, context: int) -> Mapping[str, object]:
-    """The fields of `ModelConfig` that follow from RoPE."""
+    """Return the fields of `ModelConfig` that follow from RoPE."""
     return {
         "rope": settings.rope,
         "rope_limit": settings.limit,

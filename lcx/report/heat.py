@@ -20,7 +20,7 @@ MOST_MAPS = 24
 
 
 def needle(rows: Rows) -> Figure | None:
-    """Heat maps of the score of the needles, depth against length, one a method; None where no row has them."""
+    """Draw heat maps of the score of the needles, depth against length, one a method; None where no row has them."""
     every = needle_maps(rows)
     maps = dict(list(every.items())[:MOST_MAPS])
     if not maps:
@@ -55,7 +55,7 @@ def needle(rows: Rows) -> Figure | None:
 
 
 def needle_maps(rows: Rows) -> dict[str, tuple[list[int], list[float], list[list[float]]]]:
-    """Title -> (lengths, depths, scores [depth][length], nan where none), points and seeds put together.
+    """Return title -> (lengths, depths, scores [depth][length], nan where none), points and seeds put together.
 
     All maps have the same lengths, so that what failed is seen to be missing.
     """
@@ -76,7 +76,7 @@ def needle_maps(rows: Rows) -> dict[str, tuple[list[int], list[float], list[list
 
 
 def _cells(grid: Any) -> list[tuple[int, float, float]]:
-    """(length, depth, score) of a grid {"lengths", "depths", "scores": [length][depth]}; nothing of one that is not so."""
+    """Return (length, depth, score) of a grid {"lengths", "depths", "scores": [length][depth]}; nothing for a malformed one."""
     try:
         lengths, depths, scores = grid["lengths"], grid["depths"], grid["scores"]
         cells = [(int(n), float(d), float(scores[i][j])) for i, n in enumerate(lengths) for j, d in enumerate(depths)]

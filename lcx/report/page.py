@@ -74,7 +74,7 @@ code { font: .92em ui-monospace, "DejaVu Sans Mono", monospace; }
 
 
 def page(source: Source, capacity: Sequence[str] = ()) -> str:
-    """The page.
+    """Return the page as HTML.
 
     Args:
       source: the sweep.
@@ -205,7 +205,7 @@ def _figure(name: str, fig: Figure, caption: str) -> Safe:
 
 
 def inline_svg(fig: Figure, name: str, label: str) -> Safe:
-    """The figure as an SVG element of a page: its ids begin with `name`, its text and frames have the page's colour."""
+    """Return the figure as an SVG element of a page: its ids begin with `name`, its text and frames have the page's colour."""
     text = figures.render(fig, "svg", text_as_paths=False, facecolor="none").decode()
     root = ElementTree.fromstring(text)  # noqa: S314, matplotlib's own output
     for parent in list(root.iter()):
@@ -333,7 +333,7 @@ def _measured(source: Source) -> Safe:
 
 
 def _run_facts(run: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What run.json says of a run, points and model configs apart."""
+    """Return the facts of a run in run.json, without points and model configs."""
     argv = run.get("argv")
     facts: list[tuple[str, Any]] = [
         ("command", el("code", shlex.join(map(str, argv)) if isinstance(argv, list) else argv))

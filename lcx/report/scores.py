@@ -1,4 +1,4 @@
-"""Scores of the tasks that --tasks asked for, laid out for people: a table for each context length, a line a task, a column a method."""
+"""Scores of the tasks of --tasks as tables: one for each context length, a line a task, a column a method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PERPLEXITIES = ("ppl", "longppl")  # lower is better; the others are 0 to 100
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """One context length.
+    """Scores at one context length.
 
     Attributes:
       title: length, and what else the rows share where a sweep has several of it.
@@ -30,7 +30,7 @@ class ScoreTable:
 
 
 def flat(tasks: Any) -> dict[str, float]:
-    """Task -> score: RULER's mean and its 13, the mean of the needle grid; nothing of what is not a number."""
+    """Return task -> score: RULER's mean and its 13, the mean of the needle grid; values that are not numbers are left out."""
     found: dict[str, float] = {}
     for name, value in tasks.items() if isinstance(tasks, dict) else ():
         if isinstance(value, dict) and "scores" in value:
@@ -46,7 +46,7 @@ def flat(tasks: Any) -> dict[str, float]:
 
 
 def score_tables(rows: Sequence[Row]) -> list[ScoreTable]:
-    """Tables of all points that have scores, seeds averaged; points of one model, dtype, batch and length share one."""
+    """Return the tables of all points that have scores, seeds averaged; points of one model, dtype, batch and length share one."""
     several = [n for n in ("model", "dtype", "batch") if len({r[n] for r in rows}) > 1]
     groups: dict[tuple, list[Row]] = {}
     for r in rows:
@@ -72,7 +72,7 @@ def score_tables(rows: Sequence[Row]) -> list[ScoreTable]:
 
 
 def score_text(task: str, score: float | None) -> str:
-    """A score is shown whole, a perplexity with three decimals."""
+    """Format a score: whole, or with three decimals for a perplexity."""
     if score is None:
         return "-"
     return f"{score:.3f}" if task in PERPLEXITIES else f"{score:.1f}"

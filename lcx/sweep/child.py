@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """A child whose parent was killed must not go on: nobody would write its row."""
+    """End the child with its parent: nobody would write its row after that."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""What the points of a sweep need on devices that are not there: compiled, not run."""
+"""Needs of a sweep's points on devices that are not installed: compiled, not run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def planned_rows(
     devices: Sequence[Device],
     on_row: Callable[[PlanRow], None] | None = None,
 ) -> list[PlanRow]:
-    """A row for each device and point, with the programs that the point would run: prefill, the continuation's step, decode.
+    """Yield a row for each device and point, with the programs that the point would run: prefill, the continuation's step, decode.
 
     Args:
       specs: as `lcx.sweep.points.specs` makes them; what differs in its seed alone is planned once.

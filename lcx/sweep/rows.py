@@ -14,12 +14,12 @@ LARGEST = 2**63  # what a 64-bit column holds
 
 
 def read_rows(store: Store) -> list[Row]:
-    """Every point's row in the sweep's order, whatever its status, with the ratio columns."""
+    """Return every point's row in the sweep's order, whatever its status, with the ratio columns."""
     return whole_rows(store.points())[0]
 
 
 def whole_rows(points: Points) -> tuple[list[Row], int]:
-    """(whole rows with ratios, values left out); as `rows.read_rows`, and a point may lack its reference."""
+    """Return (whole rows with ratios, values left out); as `rows.read_rows`, and a point may lack its reference."""
     odd, found = 0, {}
     for job, status, row in points:
         columns = job.spec.get("columns") if isinstance(job.spec, Mapping) else None
@@ -36,7 +36,7 @@ def whole_rows(points: Points) -> tuple[list[Row], int]:
 
 
 def typed(value: Any, kind: str) -> Any:
-    """The value if it is of this kind of column, else None."""
+    """Return the value if it is of this kind of column, else None."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind == "json":
         return value

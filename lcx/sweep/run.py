@@ -25,7 +25,7 @@ Env = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Launching:
-    """How the processes that run points are started.
+    """Settings of the processes that run points.
 
     Attributes:
       launcher: "local" for children of this machine; "slurm" for jobs, a point each; "submitit_local" and "submitit_debug" try the jobs
@@ -49,7 +49,7 @@ class Launching:
 
 @dataclass(frozen=True)
 class Ended:
-    """A sweep that has ended.
+    """Ended sweep.
 
     Attributes:
       store: its rows.
@@ -147,5 +147,5 @@ def launcher(how: Launching, workdir: Path) -> Callable[[Env], Launch]:
 
 
 def _on_cpu(env: Env) -> bool:
-    """Whether the children will run on a CPU; asked without starting JAX's backends."""
+    """Return True where the children will run on a CPU, without starting JAX's backends."""
     return env.get("JAX_PLATFORMS", "").startswith("cpu") or not Path("/dev/nvidia0").exists()

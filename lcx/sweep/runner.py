@@ -29,7 +29,7 @@ SHOWN = 6  # differences that a refusal lists
 
 
 def open_sweep(workdir: Path, found: Sequence[Job], fork: Path | None = None) -> Store:
-    """The store of a sweep, with all its points in it.
+    """Return the store of a sweep, with all its points in it.
 
     Args:
       workdir: where rows are; the same one again continues.
@@ -59,7 +59,7 @@ def open_sweep(workdir: Path, found: Sequence[Job], fork: Path | None = None) ->
 
 
 def differences(old: Sequence[Job], new: Sequence[Job]) -> str:
-    """What differs between two sets of points, field by field: `field old -> new`."""
+    """Return the differences between two sets of points, field by field: `field old -> new`."""
     cell = lambda j: tuple(j.spec["columns"][n] for n in ("method", "model", "dtype", "batch", "length", "seed"))
     before, after = {cell(j): j for j in old}, {cell(j): j for j in new}
     changed: dict[str, int] = {}
@@ -81,7 +81,7 @@ def differences(old: Sequence[Job], new: Sequence[Job]) -> str:
 
 
 def run_here(model: Pretrained, points: Sequence[Point], on_row: Callable[[Row], None] | None = None) -> list[Row]:
-    """Rows of points in this process, for notebooks: no child, no store, no time limit.
+    """Run points in this process, for notebooks, and return their rows: no child, no store, no time limit.
 
     The first point of each (dtype, batch, length, seed) is what the others are compared with.
     """
@@ -110,7 +110,7 @@ def run_methods(
     batch: int = 1,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Memory, latency and quality of methods at several lengths, in this process: a sweep for notebooks.
+    """Measure memory, latency and quality of methods at several lengths, in this process: a sweep for notebooks.
 
     Args:
       model: as `lcx.load` gives it.
@@ -153,7 +153,7 @@ def run_methods(
 
 
 def _named(methods: Mapping[str, Experiment | Recipe]) -> Mapping[str, Experiment | Recipe]:
-    """The methods; raises UserError unless they are named and each is an Experiment or a Recipe."""
+    """Return the methods; raise UserError unless they are named and each is an Experiment or a Recipe."""
     checks.kind("methods", methods, Mapping)
     if not methods:
         raise UserError(f"methods={methods!r}: give at least one, the dense one first")
@@ -206,6 +206,6 @@ def write_run(
 
 
 def resolve_all(sweep, settings: Settings, models: Mapping[str, Loaded], **axes) -> tuple[list[Point], list[Job]]:
-    """Points and jobs of a sweep; arguments as `points.specs`."""
+    """Return points and jobs of a sweep; arguments as `points.specs`."""
     found = jobs(specs(sweep, settings, models=list(models), **axes), models)
     return [p for p, _ in found], [j for _, j in found]

@@ -1,4 +1,4 @@
-"""Columns of a row: what each means, its unit, and whether it is measured (another run may give another value)."""
+"""Columns of a row: the meaning of each, its unit, and whether it is measured (another run may give another value)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """`kind`: str, int, float or json.  `measured`: depends on the machine and the moment."""
+    """Column of a row.  `kind`: str, int, float or json.  `measured`: depends on the machine and the moment."""
 
     name: str
     kind: str
@@ -100,13 +100,13 @@ RATIOS = (
 
 
 def whole_row(key: str, columns: Mapping[str, Any], status: str, row: Mapping[str, Any] | None) -> Row:
-    """Every column of a point in the schema's order: what is known beforehand, its status, and its row where there is one."""
+    """Return every column of a point in the schema's order: known values, its status, and its row where there is one."""
     found = {**columns, **(row or {}), "key": key, "status": status}
     return {c.name: found.get(c.name) for c in COLUMNS}
 
 
 def ratios(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> Row:
-    """The columns that set a row beside its reference; None where either has no value."""
+    """Return the columns that set a row beside its reference; None where either row has no value."""
     dense = dense or {}
 
     def over(name: str, same: bool = True):

@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS points (
 
 @dataclass(frozen=True)
 class Job:
-    """A point as scheduler and store know it.
+    """Point in the form that scheduler and store share.
 
     Attributes:
       key: hash of the point.
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Owner:
-    """A worker that claims points: process, its start time (a process number is used again), and a name within it."""
+    """Worker that claims points: process, its start time (a process number is used again), and a name within it."""
 
     name: str
     host: str
@@ -68,7 +68,7 @@ class Owner:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this machine began, in ticks since boot; None where there is none (or the system does not tell)."""
+    """Return the start of a process of this machine, in ticks since boot; None without such a process, or where none is reported."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -88,7 +88,7 @@ def _alive(pid: int, born: str) -> bool:
 
 
 class Store:
-    """The points of a sweep in `<workdir>/rows.sqlite`.
+    """Store of a sweep's points in `<workdir>/rows.sqlite`.
 
     Raises:
       UserError: the folder cannot be written, or the file is damaged, no such store, or one of another version.
@@ -132,7 +132,7 @@ class Store:
                 db.close()
 
     def add(self, jobs: Sequence[Job]) -> None:
-        """Put the jobs there that are missing, in their order; what is there keeps its row."""
+        """Add the missing jobs, in their order; present ones keep their row."""
         with self._open(sum(len(json.dumps(j.spec)) for j in jobs)) as db:
             for place, j in enumerate(jobs):
                 db.execute(
@@ -151,7 +151,7 @@ class Store:
                 )
 
     def claim(self, owner: Owner, group: str | None = None) -> Job | None:
-        """Take the next point that nobody has and whose reference has ended, one of `group` first; None: there is none now."""
+        """Claim the next point that nobody has and whose reference has ended, one of `group` first; None: there is none now."""
         with self._open() as db:
             self._free_dead(db)
             found = db.execute(
@@ -179,14 +179,14 @@ class Store:
                 db.execute("UPDATE points SET status = 'todo', owner = NULL WHERE key = ?", (key,))
 
     def beat(self, owner: Owner) -> None:
-        """Say that the owner of its claims still lives."""
+        """Record that the worker still lives, for its claims."""
         with self._open() as db:
             db.execute(
                 "UPDATE points SET heartbeat = ? WHERE owner = ? AND status = 'running'", (time.time(), owner.name)
             )
 
     def release(self, owner: Owner) -> None:
-        """Give back what the owner has claimed and not finished."""
+        """Release the unfinished claims of the owner."""
         with self._open() as db:
             db.execute(
                 "UPDATE points SET status = 'todo', owner = NULL WHERE owner = ? AND status = 'running'", (owner.name,)
@@ -205,7 +205,7 @@ class Store:
             return done.rowcount == 1
 
     def reset(self, statuses: Sequence[str]) -> int:
-        """Make points that ended so ready to run again; how many."""
+        """Make points that ended with these statuses ready to run again, and return their number."""
         marks = ",".join("?" * len(statuses))
         with self._open() as db:
             query = f"UPDATE points SET status = 'todo', row = NULL WHERE status IN ({marks})"  # noqa: S608, marks only
@@ -216,19 +216,19 @@ class Store:
             return db.execute("SELECT COUNT(*) FROM points WHERE status IN ('todo', 'running')").fetchone()[0]
 
     def jobs(self) -> list[Job]:
-        """All points in their order."""
+        """Return all points in their order."""
         with self._open() as db:
             found = db.execute("SELECT key, spec, grp, reference FROM points ORDER BY place").fetchall()
         return [Job(key, json.loads(spec), grp, reference) for key, spec, grp, reference in found]
 
     def rows(self) -> dict[str, Row]:
-        """Key -> row of every point that has ended, in the sweep's order."""
+        """Return key -> row of every point that has ended, in the sweep's order."""
         with self._open() as db:
             found = db.execute("SELECT key, row FROM points WHERE row IS NOT NULL ORDER BY place").fetchall()
         return {key: json.loads(row) for key, row in found}
 
     def points(self) -> list[tuple[Job, str, Row | None]]:
-        """(job, status, row or None) of every point, in the sweep's order."""
+        """Return (job, status, row or None) of every point, in the sweep's order."""
         with self._open() as db:
             found = db.execute("SELECT key, spec, grp, reference, status, row FROM points ORDER BY place").fetchall()
         return [
@@ -252,7 +252,7 @@ def _use_wal(db: sqlite3.Connection) -> None:
 
 
 def salvage(path: Path) -> list[tuple[Job, str, Row | None]]:
-    """What can still be read of a damaged store, row by row; nothing is written to it."""
+    """Return the readable rows of a damaged store, one by one; nothing is written to it."""
     found = []
     db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
     try:

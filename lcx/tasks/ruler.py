@@ -18,7 +18,7 @@ from lcx.tasks.sizing import Encode, Form, fit_samples
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task.
+    """Specification of a task.
 
     Attributes:
       form: how samples are built and sized.
@@ -59,7 +59,7 @@ def generate(
     *,
     template: Callable[[str], str] | None = None,
 ) -> list[Sample]:
-    """Samples of one task; the same arguments give the same bytes on every machine.
+    """Return samples of one task; the same arguments give the same bytes on every machine.
 
     Args:
       task: a name of RULER.

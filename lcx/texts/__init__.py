@@ -35,7 +35,7 @@ TEXTS = {
 
 
 def path(name: str) -> Path:
-    """Where a text lies.
+    """Return the path of a text.
 
     Raises:
       UserError: no text of this name.
@@ -46,7 +46,7 @@ def path(name: str) -> Path:
 
 
 def read(name: str) -> str:
-    """A text, UTF-8, lines ending in a line feed.
+    """Return a text, UTF-8, lines ending in a line feed.
 
     Raises:
       UserError: no text of this name, or a file that is missing or was changed.
@@ -63,7 +63,7 @@ def read(name: str) -> str:
 
 
 def read_file(path: str | Path, flag: str = "text_file") -> str:
-    """A UTF-8 text of a user's, as `decode` gives it.
+    """Return a UTF-8 text of a user's, as `decode` gives it.
 
     Args:
       path: of the file.
@@ -81,7 +81,7 @@ def read_file(path: str | Path, flag: str = "text_file") -> str:
 
 
 def decode(raw: bytes) -> str:
-    """The text of a file: UTF-8 without its byte order mark, lines ending in a line feed.
+    """Decode the text of a file: UTF-8 without its byte order mark, lines ending in a line feed.
 
     A mark in front is of the file, not of the text, and so are line ends: "\\r\\n" and "\\r" become "\\n", as `open` in text mode does it.
     A text therefore has the same tokens on every system.  U+FEFF further on stays.
