@@ -65,7 +65,7 @@ def attend_with_gradient(
     out_dtype=None,
     tile: AttendGradTile | None = None,
 ) -> Partial:
-    """`attend`, differentiable in q, k and v; the arguments and results are its own.
+    """Compute `attend`, differentiable in q, k and v, with the same arguments and results.
 
     Gradients have the type of q.  Keys and values at hidden slots must be finite in visited tiles: either would turn up as 0 * NaN.
     `tile`: sizes of the backward kernels other than those of the table.
@@ -98,7 +98,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def backward(q, k, v, data: Data, blocks, part: Partial, grad: Partial, *, mask, scale, tile=None):
-    """(dq, dk, dv), each shaped and typed as what it is the gradient of."""
+    """Return (dq, dk, dv), each with the shape and type of its argument."""
     B, K, G, T, D = q.shape
     S, H = k.shape[-1], K * G
     head_dim = next(d for d in ATTEND_GRAD if d >= D)
@@ -128,14 +128,14 @@ def backward(q, k, v, data: Data, blocks, part: Partial, grad: Partial, *, mask,
 
 
 def _by_kv_head(blocks: BlockList, K: int) -> BlockList:
-    """The same list with the counts of a GQA group summed."""
+    """Return the same list with the counts of a GQA group summed."""
     b, h, N = blocks.count.shape
     count = blocks.count.reshape(b, K, h // K, N).sum(2) if h > K else blocks.count
     return BlockList(blocks.index, count, blocks.flags)
 
 
 def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, T, tile: AttendGradTile):
-    """dq [B,H,T or more,D]."""
+    """Return dq [B,H,T or more,D]."""
     B, H, _, D = q.shape
     K, Q = k.shape[1], -(-T // ROWS)
     size, stages = tile.size, tile.dq_stages
@@ -245,7 +245,7 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, T, tile:
 
 
 def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, T, tile: AttendGradTile, want):
-    """[dk] or [dv] or both, [B,K,S or more,D]; `listed`: shape of the list by key."""
+    """Return [dk] or [dv] or both gradients, [B,K,S or more,D]; `listed`: shape of the list by key."""
     B, H, _, D = q.shape
     K, N = k.shape[1], -(-S // SIZE)
     G = H // K
@@ -268,7 +268,7 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, T, t
         walk = partial(inputs.queries_of, ref, mask, listed, (b, kv_head, n), H, q_start, T, kv_len, span, rows)
 
         def over_heads(one_tile, carry):
-            """`one_tile(h, count of tiles before, code, carry)` for the tiles of all heads; (number of tiles, carry)."""
+            """Run `one_tile(h, count of tiles before, code, carry)` for the tiles of all heads; return (number of tiles, carry)."""
 
             def one_head(g, state):
                 before, carry = state
