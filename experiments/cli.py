@@ -1,4 +1,4 @@
-"""What the commands share: flags, changes to configs, and one line with exit code 2 for wrong input."""
+"""Shared parts of the commands: flags, changes to configs, and one line with exit code 2 for wrong input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if _has("jax_plugins.xla_cuda13") and not (Path("/dev/nvidia0").exists() and _ha
 
 
 def define_flags(config: str | None = None, several: bool = False) -> None:
-    """The flags of every command that runs a model.
+    """Define the flags of every command that runs a model.
 
     Args:
       config: the default of --config.
@@ -66,7 +66,7 @@ def define_flags(config: str | None = None, several: bool = False) -> None:
 
 
 def arguments() -> list[str]:
-    """The words of the command line that are no flags."""
+    """Return the words of the command line that are no flags."""
     return list(_arguments)
 
 
@@ -126,12 +126,12 @@ def _parse(name: str, argv: Sequence[str]) -> list[str]:
 
 
 def changes() -> dict[str, str]:
-    """What --config.FIELD=VALUE changes: field -> text."""
+    """Return the changes of --config.FIELD=VALUE: field -> text."""
     return dict(_changes)
 
 
 def config():
-    """The config of --config with its changes and with --chunk_size and --model."""
+    """Return the config of --config with its changes and with --chunk_size and --model."""
     from lcx.config_files import load_config
 
     found = load_config(flags.FLAGS.config, _changes)
@@ -143,7 +143,7 @@ def config():
 
 
 def experiment():
-    """The config, which must be that of one method."""
+    """Return the config, which must be that of one method."""
     from lcx.experiment import Experiment
 
     found = config()
@@ -155,25 +155,25 @@ def experiment():
 
 
 def with_budget(found, prompt: int):
-    """The experiment with --budget or --keep_ratio of the prompt."""
+    """Return the experiment with --budget or --keep_ratio of the prompt."""
     return found.with_budget(prompt, flags.FLAGS.budget, flags.FLAGS.keep_ratio)
 
 
 def check_model_free(found) -> None:
-    """Refuse before the model is loaded what can be refused without it: a budget where none fits."""
+    """Raise UserError, before the model is loaded, for requests that need no model to be refused: a budget where none fits."""
     if flags.FLAGS.budget is not None or flags.FLAGS.keep_ratio is not None:
         with_budget(found, 1 << 20)
 
 
 def load(found):
-    """The model of a config."""
+    """Load the model of a config."""
     import lcx.models.loading
 
     return lcx.models.loading.load(found.model, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
 
 
 def check_writable(name: str, path: str | Path) -> None:
-    """Refuse, before anything runs, a file that could not be written at the end."""
+    """Raise UserError, before anything runs, for a file that could not be written at the end."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{name}={str(path)!r} is a folder; allowed is a file")
@@ -182,7 +182,7 @@ def check_writable(name: str, path: str | Path) -> None:
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 text file, as `lcx.texts.read_file` gives it."""
+    """Read a UTF-8 text file, as `lcx.texts.read_file` gives it."""
     from lcx import texts
 
     return texts.read_file(path)

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _show(found) -> None:
-    """One line a cell with the columns that changed anywhere, then the regressions with their values, and what was not compared."""
+    """Print one line a cell with the columns that changed anywhere, then the regressions with their values, and the omitted comparisons."""
     from rich.console import Console
     from rich.text import Text
 

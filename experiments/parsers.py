@@ -1,4 +1,4 @@
-"""Values of flags as text, parsed; every error names the flag, its value and what is allowed."""
+"""Parsers of flag values; every error names the flag, its value and the allowed values."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def define_flags() -> None:
 
 
 def experiments() -> dict:
-    """Name -> method of --config."""
+    """Return name -> method of --config."""
     from lcx.config_files import all_configs, load_config
     from lcx.experiment import Experiment
 
@@ -81,7 +81,7 @@ def experiments() -> dict:
 
 
 def names_of_implementations(devices) -> list[str | None]:
-    """What --implementation asks for, as `lcx.backends.choose.resolve` takes it."""
+    """Return the implementations of --implementation, as `lcx.backends.choose.resolve` takes them."""
     from lcx.backends.choose import AUTO, HOPPER
 
     if FLAGS.implementation is None:
@@ -106,7 +106,7 @@ def _lengths() -> list[int]:
 
 
 def _out(name: str, suffixes: tuple[str, ...]) -> Path | None:
-    """The path of a flag, refused before anything is compiled where it cannot be written."""
+    """Return the path of a flag, refused before anything is compiled where it cannot be written."""
     value = FLAGS[name].value
     if value is None:
         return None

@@ -57,7 +57,7 @@ def provenance() -> dict[str, str]:
 
 
 def record(section: str, names: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
-    """Quantities by config, and logits by "config, mode"."""
+    """Return quantities by config, and logits by "config, mode"."""
     quantities, logits = {}, {}
     compilations = Compilations()
     jax.config.update("jax_disable_most_optimizations", section == "tiny")
@@ -75,7 +75,7 @@ def record(section: str, names: list[str]) -> tuple[dict[str, dict[str, Any]], d
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, Any, Any]]:
-    """(config, quantity, before, after) of what differs; None where a side lacks it."""
+    """Return (config, quantity, before, after) of each difference; None where a side lacks the quantity."""
     rows = []
     for name in before:
         for quantity in dict.fromkeys([*before[name], *after[name]]):
@@ -88,7 +88,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tup
 def logit_differences(
     before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, str, Any, Any]]:
-    """As `differences`: 0.0 and the largest absolute difference; the shapes where these differ, None where a side has no logits."""
+    """Return differences of logits: 0.0 and the largest absolute one; the shapes where these differ, None where a side has no logits."""
     for key in dict.fromkeys([*before, *after]):
         name, mode = key.split(", ", 1)
         shapes = [side[key].shape if key in side else None for side in (before, after)]
@@ -101,7 +101,7 @@ def logit_differences(
 
 
 def read_allowed(path: Path) -> list[dict[str, str]]:
-    """The differences that are meant.
+    """Return the intended differences.
 
     Raises:
       UserError: an entry without config, quantity or reason.
@@ -114,7 +114,7 @@ def read_allowed(path: Path) -> list[dict[str, str]]:
 
 
 def show(rows: list[tuple[str, str, Any, Any]], allowed: list[dict[str, str]]) -> int:
-    """Print the table; the number of differences that are not allowed."""
+    """Print the table, and return the number of differences that are not allowed."""
     refused = 0
     for name, quantity, before, after in rows:
         reasons = [
@@ -174,7 +174,7 @@ def write(path: Path, logits_path: Path, sections: list[str]) -> None:
 
 
 def compare(path: Path, logits_path: Path, sections: list[str], configs, allowed) -> int:
-    """Exit code: 1 where something differs that is not allowed."""
+    """Return the exit code: 1 where a quantity differs that is not allowed to."""
     recorded = json.loads(path.read_text(encoding="utf-8"))
     missing = sorted(set(sections) - set(recorded))
     if missing:
