@@ -23,8 +23,8 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    about = {"payload": FLAGS.payload, "rows": int(FLAGS.rows)}
-    tune(FLAGS.kernel, FLAGS.head_dim, **about, write=FLAGS.write, dry_run=FLAGS.dry_run)
+    settings = {"payload": FLAGS.payload, "rows": int(FLAGS.rows)}
+    tune(FLAGS.kernel, FLAGS.head_dim, **settings, write=FLAGS.write, dry_run=FLAGS.dry_run)
 
 
 if __name__ == "__main__":

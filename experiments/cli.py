@@ -134,24 +134,24 @@ def config():
     """Return the config of --config with its changes and with --chunk_size and --model."""
     from lcx.config_files import load_config
 
-    found = load_config(flags.FLAGS.config, _changes)
+    loaded = load_config(flags.FLAGS.config, _changes)
     if flags.FLAGS.model is not None:
-        found = replace(found, model=flags.FLAGS.model)
+        loaded = replace(loaded, model=flags.FLAGS.model)
     if flags.FLAGS.chunk_size is not None:
-        found = found.with_chunks(flags.FLAGS.chunk_size)
-    return found
+        loaded = loaded.with_chunks(flags.FLAGS.chunk_size)
+    return loaded
 
 
 def experiment():
     """Return the config, which must be that of one method."""
     from lcx.experiment import Experiment
 
-    found = config()
-    if not isinstance(found, Experiment):
+    loaded = config()
+    if not isinstance(loaded, Experiment):
         raise UserError(f"config={flags.FLAGS.config!r} is a sweep; allowed here is the config of one method")
     if flags.FLAGS.implementation is not None:
-        found = replace(found, implementation=flags.FLAGS.implementation)
-    return found
+        loaded = replace(loaded, implementation=flags.FLAGS.implementation)
+    return loaded
 
 
 def with_budget(found, prompt: int):

@@ -28,10 +28,10 @@ def define_flags() -> None:
 def main() -> None:
     if (FLAGS.prompt is None) == (FLAGS.prompt_file is None):
         raise UserError(f"prompt={FLAGS.prompt!r} and prompt_file={FLAGS.prompt_file!r}: give one of them")
-    found = cli.experiment()
-    cli.check_model_free(found)
+    experiment = cli.experiment()
+    cli.check_model_free(experiment)
     text = FLAGS.prompt if FLAGS.prompt is not None else cli.read_text(FLAGS.prompt_file)
-    model = cli.load(found)
+    model = cli.load(experiment)
 
     from lcx import checks
     from lcx.greedy import Speculation, decides_by_step, generate
@@ -52,7 +52,7 @@ def main() -> None:
         raise UserError(f"prompt={text!r} has no token")
     checks.token_ids(ids, 1, model.config.vocab_size)
     model.check_length(len(ids) + FLAGS.num_tokens - 1, FLAGS.allow_extrapolation)
-    session = make_session(model.layers, cli.with_budget(found, len(ids)), len(ids), FLAGS.num_tokens - 1)
+    session = make_session(model.layers, cli.with_budget(experiment, len(ids)), len(ids), FLAGS.num_tokens - 1)
     draft = None if FLAGS.draft is None else Lookup(FLAGS.draft_tokens, FLAGS.draft_ngram)
     width = 0 if draft is None or FLAGS.num_tokens < 3 else 1 + draft.num_tokens
     why = decides_by_step(session)

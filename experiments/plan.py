@@ -67,17 +67,17 @@ def experiments() -> dict:
         raise UserError(f"config={FLAGS.config!r}: give at least one, or all")
     if changes and len(paths) > 1:
         raise UserError(f"--config.{next(iter(changes))}: changes are for a single config, not for {len(paths)}")
-    found = {}
+    methods = {}
     for path in paths:
         config = load_config(path, changes)
         if not isinstance(config, Experiment):
             if FLAGS.config == "all":
                 continue
             raise UserError(f"config={path!r} is a sweep; allowed here are configs of one method")
-        if Path(path).stem in found:
+        if Path(path).stem in methods:
             raise UserError(f"config: {Path(path).stem!r} appears twice")
-        found[Path(path).stem] = config
-    return found
+        methods[Path(path).stem] = config
+    return methods
 
 
 def names_of_implementations(devices) -> list[str | None]:
@@ -86,16 +86,16 @@ def names_of_implementations(devices) -> list[str | None]:
 
     if FLAGS.implementation is None:
         return [None]
-    found = []
+    names = []
     for name in FLAGS.implementation.split(","):
-        if name not in ("xla", "pallas") or name in found:
+        if name not in ("xla", "pallas") or name in names:
             raise UserError(f"implementation={name!r}: allowed are xla, pallas, each once, with a comma between")
-        found.append(name)
-    if "pallas" in found:
+        names.append(name)
+    if "pallas" in names:
         for where in devices:
             if where.target is None or where.target.capability != HOPPER:
                 raise UserError(f"implementation='pallas' on {where.name}: the kernels are for Hopper: h100, h200")
-    return [AUTO if name == "pallas" else name for name in found]
+    return [AUTO if name == "pallas" else name for name in names]
 
 
 def _lengths() -> list[int]:
@@ -129,12 +129,12 @@ def main() -> None:
     from lcx.plan import device, plan, shape, show
     from lcx.plan.rows import PlanRow
 
-    found, lengths = experiments(), _lengths()
+    methods, lengths = experiments(), _lengths()
     out, figure = _out("out", (".json", ".jsonl")), _out("figure", (".png", ".svg"))
     devices = [device(part.strip()) for part in FLAGS.device.split(",")]
     if len({d.name for d in devices}) < len(devices):
         raise UserError(f"device={FLAGS.device!r}: give each once")
-    models = {FLAGS.model or e.model for e in found.values()}
+    models = {FLAGS.model or e.model for e in methods.values()}
     if len(models) > 1:
         raise UserError(f"config: these configs are for {', '.join(sorted(models))}; name one with --model")
     model = shape(models.pop())
@@ -144,7 +144,7 @@ def main() -> None:
     if FLAGS.check:
         from lcx.plan.check import check
 
-        for line in check(model, found, lengths, FLAGS.chunk_size, settings):
+        for line in check(model, methods, lengths, FLAGS.chunk_size, settings):
             console.print(line, markup=False, soft_wrap=True)
         return
 
@@ -159,7 +159,7 @@ def main() -> None:
     for name in names_of_implementations(devices):
         more = plan(
             model,
-            found,
+            methods,
             devices,
             lengths,
             chunk_size=FLAGS.chunk_size,

@@ -54,13 +54,13 @@ class Reading:
         """Return the segments as sources."""
         R, D = self.ctx.q.shape[1], self.ctx.q.shape[-1]
         dtype = self.ctx.q.dtype if self.ctx.v is None else self.ctx.v.dtype
-        found = {}
+        result = {}
         for s in self.chain:
             store = Store(s.codec, Size(R, D, dtype), self.ctx.for_part(s.name, "codec"))
             slots = segments[s.name]
             source = held_source(store, slots, self.ctx.rotate if self.raw else None, self.turned.get(s.name))
-            found[s.name] = Held(slots, source, store)
-        return found
+            result[s.name] = Held(slots, source, store)
+        return result
 
 
 def open_chain(ctx: Ctx, chain: Chain, pattern: Pattern, segments: Mapping[str, Slots]) -> Reading:
@@ -220,8 +220,8 @@ def write(
             if name in held:
                 slots = held[name].slots
                 held[name] = replace(held[name], slots=replace(slots, state=slots.state | changed))
-        here = reading.ctx
-        new = Tokens(here.k_raw if reading.raw else here.k, here.v, here.pos[:, None])
+        own = reading.ctx
+        new = Tokens(own.k_raw if reading.raw else own.k, own.v, own.pos[:, None])
         segments |= _write_chain(reading, held, new)
     probe = None if cache.probe is None else update_probe(cache.probe, ctx)
     return LayerCache(segments, probe)
@@ -232,15 +232,15 @@ def _write_chain(reading: Reading, held: Mapping[str, Held], new: Tokens) -> dic
     written = {}
     incoming: Tokens | None = new
     for s in reading.chain:
-        here = held[s.name]
-        if incoming is None or here.pos.shape[-1] == 0:
+        segment = held[s.name]
+        if incoming is None or segment.pos.shape[-1] == 0:
             # nothing falls, or no page ever will: the texts are shorter than the segment before holds
-            written[s.name] = here.slots
+            written[s.name] = segment.slots
             continue
         count = incoming.pos.shape[-1]
-        slots, edit, handed = s.policy.edit(reading.ctx.for_part(s.name, "policy"), here, incoming)
+        slots, edit, handed = s.policy.edit(reading.ctx.for_part(s.name, "policy"), segment, incoming)
 
-        def put(slots: Slots, edit: Edit, store=here.store, count=count) -> Slots:
+        def put(slots: Slots, edit: Edit, store=segment.store, count=count) -> Slots:
             after = store.commit(slots, edit)
             return reading.pattern.summarise(reading.ctx, store, slots, after, count)
 
@@ -343,12 +343,12 @@ def repack(
         if index is not None and index.shape[0] == 0:
             result |= {s.name: empty[s.name] for s in chain}
             continue
-        here = ctx.heads(index)
+        whole = ctx.heads(index)
         # the probe votes with what it saw
-        before = open_chain(here, old_chain, old_recipe.pattern, cache.segments)
+        before = open_chain(whole, old_chain, old_recipe.pattern, cache.segments)
         held = before.held(cache.segments)[old_chain[0].name]
         kept = _choose(compress, before.ctx.for_part(chain[0].name, "compress"), held, widths[chain[0].name])
-        after = Reading(chain, recipe.pattern, here, {})
+        after = Reading(chain, recipe.pattern, whole, {})
         result |= _write_chain(after, after.held(empty), kept)
     return LayerCache(result)
 

@@ -28,25 +28,25 @@ def experiments() -> dict[str, Experiment]:
 
 def axes(experiment: Experiment) -> list[str]:
     """Return the axes on which a method makes a choice, each once."""
-    found: dict[str, None] = {}
+    chosen: dict[str, None] = {}
     for choice in experiment.recipe.describe():
         axis = choice.axis.split(" of ")[0]
-        found[AXES.get(axis, axis)] = None
+        chosen[AXES.get(axis, axis)] = None
     if any(len(chain) > 1 for chain in experiment.recipe.chains):
-        found["chain"] = None
+        chosen["chain"] = None
     if experiment.schedule != Experiment(experiment.recipe).schedule:
-        found["schedule"] = None
+        chosen["schedule"] = None
     # dense attention chooses nothing
-    return [axis for axis in found if experiment.recipe != type(experiment.recipe)()]
+    return [axis for axis in chosen if experiment.recipe != type(experiment.recipe)()]
 
 
 def table() -> str:
     """Return the README's table: config, description, axes, verification."""
     lines = ["| config | method | axes | verified |", "| --- | --- | --- | --- |"]
     for name, experiment in experiments().items():
-        about = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", experiment.about)
+        description = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", experiment.about)
         verified = ", ".join(("limit", *experiment.verified))
-        lines.append(f"| [`{name}`](configs/{name}.py) | {about} | {', '.join(axes(experiment))} | {verified} |")
+        lines.append(f"| [`{name}`](configs/{name}.py) | {description} | {', '.join(axes(experiment))} | {verified} |")
     return "\n".join(lines)
 
 

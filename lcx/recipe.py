@@ -151,10 +151,12 @@ class Recipe:
 
     def at(self, phase: str, layer: int, model: ModelConfig) -> Recipe:
         """Return the recipe of this phase and layer (from 0)."""
-        here = self._layer(phase, layer, model)
+        recipe = self._layer(phase, layer, model)
         if phase != self.phases[0]:
-            return here
-        return replace(here, segments=tuple(c if c[0].compress is None else (prompt_segment(c),) for c in here.chains))
+            return recipe
+        return replace(
+            recipe, segments=tuple(c if c[0].compress is None else (prompt_segment(c),) for c in recipe.chains)
+        )
 
     def program(self) -> Recipe:
         """Return the recipe that a program is compiled for: without the settings that `data` carries."""
@@ -162,24 +164,24 @@ class Recipe:
 
     def data(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Return the settings that programs take as numbers: segment name or "" -> axis -> name -> value; without the empty ones."""
-        found: dict[str, dict[str, dict[str, Any]]] = {}
+        settings: dict[str, dict[str, dict[str, Any]]] = {}
         for segment, axis, part in self.parts():
             if part.data():
-                found.setdefault(segment, {})[axis] = part.data()
-        return found
+                settings.setdefault(segment, {})[axis] = part.data()
+        return settings
 
     # ---- arrays
 
     def arrays(self, model: ModelConfig) -> dict[str, Array]:
         """Return the arrays that the parts read from `ctx.aux`, by name."""
-        found: dict[str, Array] = {}
+        declared: dict[str, Array] = {}
         for _, _, part in self.parts():
             for name, array in part.arrays(model).items():
-                if found.setdefault(name, array) != array:
+                if declared.setdefault(name, array) != array:
                     raise UserError(
-                        f"array {name!r}: {type(part).__name__} declares {array}, another part {found[name]}"
+                        f"array {name!r}: {type(part).__name__} declares {array}, another part {declared[name]}"
                     )
-        return found
+        return declared
 
     def check(self, model: ModelConfig, aux: Aux | None = None) -> None:
         """Raise UserError when the recipe does not suit the model: head sizes, or aux that is missing or does not fit."""
@@ -188,10 +190,10 @@ class Recipe:
         named = {c[0].heads for c in self.chains} - {"all"}
         declared = self.arrays(model)
         for layer in range(model.num_layers):
-            here = aux[layer] if aux else {}
-            _check_keys(here, layer)
-            _check_heads(named, here.get("heads", {}), model, layer)
-            _check_arrays(declared, here.get("arrays", {}), model, layer)
+            given = aux[layer] if aux else {}
+            _check_keys(given, layer)
+            _check_heads(named, given.get("heads", {}), model, layer)
+            _check_arrays(declared, given.get("arrays", {}), model, layer)
             if layer == 0 or named:
                 for chain in self.chains:
                     size = Size(num_rows(model, chain[0].heads, aux, layer), model.head_dim, None)
@@ -202,21 +204,23 @@ class Recipe:
 
     def capacities(self, phase: str, layer: int, shape: Shape) -> dict[str, int]:
         """Return the slots per KV head of every segment of a layer."""
-        here, now = self._layer(phase, layer, shape.model), self.at(phase, layer, shape.model)
+        recipe, now = self._layer(phase, layer, shape.model), self.at(phase, layer, shape.model)
         sizes: dict[str, int] = {}
-        for chain, links in zip(here.chains, now.chains, strict=True):
+        for chain, links in zip(recipe.chains, now.chains, strict=True):
             sizes |= capacities(chain, links, phase, shape, self.rounding)
         return sizes
 
     def kept(self, layer: int, shape: Shape) -> tuple[tuple[str, int], ...]:
         """Return (first segment, most tokens that stay of the prompt) of every chain that compresses, in decode."""
-        here = self.at(self.phases[-1], layer, shape.model)
-        return tuple((c[0].name, kept_width(c, shape, self.rounding)) for c in here.chains if c[0].compress is not None)
+        recipe = self.at(self.phases[-1], layer, shape.model)
+        return tuple(
+            (c[0].name, kept_width(c, shape, self.rounding)) for c in recipe.chains if c[0].compress is not None
+        )
 
     def init_layer(self, phase: str, layer: int, shape: Shape, aux: Aux | None = None) -> LayerCache:
         """Return an empty cache of one layer."""
-        here = self.at(phase, layer, shape.model)
-        cache = empty_layer(here.chains, here.pattern, self.capacities(phase, layer, shape), layer, aux, shape)
+        recipe = self.at(phase, layer, shape.model)
+        cache = empty_layer(recipe.chains, recipe.pattern, self.capacities(phase, layer, shape), layer, aux, shape)
         if phase != self.phases[0] or not self.probe:
             return cache
         raw = any(c[0].compress is not None and c[0].compress.raw_probe for c in self.chains)
@@ -252,16 +256,16 @@ class Recipe:
 
     def describe(self) -> list[Choice]:
         """Describe every choice that differs from its axis's identity, in words; the pattern first."""
-        found = []
+        choices = []
         parts = list(self.parts())
         for segment, axis, part in [parts[-1], *parts[:-1]]:
             if part == {"policy": Segment().policy, "codec": Segment().codec, "pattern": CAUSAL}.get(axis):
                 continue
             settings = {f.name: repr(getattr(part, f.name)) for f in fields(part)}  # pyrefly: ignore
             where = "" if segment in ("", "all") else f" of {segment}"
-            found.append(Choice(axis + where, type(part).__name__, settings, part.exact))
-        found += [Choice(f"heads of {c[0].name}", c[0].heads, {}, "") for c in self.chains if c[0].heads != "all"]
-        return found or [Choice("pattern", type(CAUSAL).__name__, {}, CAUSAL.exact)]
+            choices.append(Choice(axis + where, type(part).__name__, settings, part.exact))
+        choices += [Choice(f"heads of {c[0].name}", c[0].heads, {}, "") for c in self.chains if c[0].heads != "all"]
+        return choices or [Choice("pattern", type(CAUSAL).__name__, {}, CAUSAL.exact)]
 
 
 AUX_KEYS = ("heads", "arrays")

@@ -71,15 +71,15 @@ def empty_chain(chain: Chain, pattern: Pattern, sizes: Mapping[str, int], rows: 
     """Return the segments of one chain before their first token."""
     compress = chain[0].compress
     one_set = compress is None or compress.shared
-    found = {}
+    segments = {}
     for s in chain:
         size = Size(rows, shape.model.head_dim, shape.dtype)
         pos_rows = min(1, rows) if s.policy.shared and one_set else rows
         slots = Store(s.codec, size).empty(shape.batch, pos_rows, sizes[s.name], s.policy.state)
         for name, (after, kind) in pattern.layout(sizes[s.name], size).items():
             slots.state[name] = jnp.zeros((shape.batch, rows, *after), kind)
-        found[s.name] = slots
-    return found
+        segments[s.name] = slots
+    return segments
 
 
 def empty_layer(

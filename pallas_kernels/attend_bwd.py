@@ -74,8 +74,8 @@ def attend_with_gradient(
     inputs.check_arrays(q, k, v, scale, out_dtype, max(ATTEND_GRAD))
     if q.size == 0 or k.size == 0:
         return Partial(jnp.zeros(q.shape, out_dtype), jnp.full(q.shape[:-1], -jnp.inf))
-    about = dict(q_offset=q_offset, kv_len=kv_len, q_pos=q_pos, kv_pos=kv_pos, segments=segments, spans=spans)
-    data = inputs.prepare(mask, q.shape, k.shape[-1], **about)
+    given = dict(q_offset=q_offset, kv_len=kv_len, q_pos=q_pos, kv_pos=kv_pos, segments=segments, spans=spans)
+    data = inputs.prepare(mask, q.shape, k.shape[-1], **given)
     return _attend(mask, scale, out_dtype, tile, q, k, v, data, blocks)
 
 
@@ -192,14 +192,14 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, T, tile:
             def one_tile(step, carry):
                 dq, code = carry
                 slot = lax.rem(step, stages)
-                here = in_loop(wg)
+                half = in_loop(wg)
                 following = entry(step + 1)
                 plgpu.barrier_wait(k_ready.at[slot])
 
                 def multiply(s, dp):
-                    plgpu.wgmma(s, q_smem.at[here], k_smem.at[slot])
+                    plgpu.wgmma(s, q_smem.at[half], k_smem.at[slot])
                     plgpu.barrier_wait(v_ready.at[slot])
-                    plgpu.wgmma(dp, do_smem.at[here], v_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(dp, do_smem.at[half], v_smem.at[slot].transpose((1, 0)))
                     return s[...], dp[...]
 
                 tile_of = plgpu.ACC((HALF, size), jnp.float32)
@@ -322,12 +322,12 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, T, t
 
             def one_tile(h, step, code, sums):
                 slot = lax.rem(step, stages)
-                here = in_loop(wg)
+                half = in_loop(wg)
                 first = lax.div(code, 2) * rows
                 plgpu.barrier_wait(q_ready.at[slot])
 
                 def multiply_k(s):
-                    plgpu.wgmma(s, k_smem.at[here].transpose((1, 0)), q_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(s, k_smem.at[half].transpose((1, 0)), q_smem.at[slot].transpose((1, 0)))
                     return s[...]
 
                 s = pl.run_scoped(multiply_k, tile_of)
@@ -345,7 +345,7 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, T, t
                 if "k" in want:
 
                     def multiply_v(dp):
-                        plgpu.wgmma(dp, v_smem.at[here], do_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp, v_smem.at[half], do_smem.at[slot].transpose((1, 0)))
                         return dp[...]
 
                     # ahead of the product, so that one array waits for it and not three

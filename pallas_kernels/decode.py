@@ -76,15 +76,15 @@ def decode(
     if q.size == 0 or table.size == 0:
         return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
     # a part of the group reads the pages by itself where all of it has more rows than fit the registers
-    about = pages.payload.kind, pages.head_dim
-    parts = next(p for p in range(1, G + 1) if G % p == 0 and G // p * T <= decode_rows(*about))
+    entry = pages.payload.kind, pages.head_dim
+    parts = next(p for p in range(1, G + 1) if G % p == 0 and G // p * T <= decode_rows(*entry))
     if parts > 1:
         table, length = (jnp.repeat(x, parts, 1) if x.ndim > 1 else x for x in (table, length))
         q = q.reshape(B, K * parts, G // parts, T, D)
         out, lse = decode(q, pages, table, length, scale=scale, splits=splits, tile=tile)
         return Partial(out.reshape(B, K, G, T, D), lse.reshape(B, K, G, T))
     R, n, N = B * K, table.shape[2], -(-G * T // 8) * 8
-    tile = tile or decode_tile(*about, N)
+    tile = tile or decode_tile(*entry, N)
     length = jnp.clip(length, 0, n * PAGE).astype(jnp.int32)
     if length.ndim == 2 or B > 1:
         length = jnp.broadcast_to(length if length.ndim == 2 else length[:, None], (B, K)).reshape(R)

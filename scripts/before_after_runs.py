@@ -225,7 +225,7 @@ def record_tiny(name: str, layers: Layers, compilations: Compilations) -> tuple[
             raise UserError(
                 f"config={name!r}, {mode}: logits are not finite; mend the method before figures are recorded"
             )
-        found = {
+        measured = {
             "refused": False,
             "num_programs": compiled.num_programs,
             "cache_bytes, prompt": after_prompt,
@@ -236,8 +236,8 @@ def record_tiny(name: str, layers: Layers, compilations: Compilations) -> tuple[
         session.reset()
         before = compilations.count
         play(session, (tokens + 1) % TINY.vocab_size, prompt)
-        found["recompilations"] = compilations.count - before
-        quantities |= {f"{mode}, {quantity}": value for quantity, value in found.items()}
+        measured["recompilations"] = compilations.count - before
+        quantities |= {f"{mode}, {quantity}": value for quantity, value in measured.items()}
     return quantities, logits
 
 

@@ -80,12 +80,12 @@ def far_mass(model: Model | Layers, tokens, sink: int, window: int, chunk: int =
         raise NotFinite(
             f"attention of {len(tokens)} tokens: {first_not_finite(session, lambda: session.prefill(tokens))}"
         )
-    found = []
+    shares = []
     for layer in session.cache:
         assert layer is not None  # noqa: S101, prefill fills every layer
         late = np.asarray(layer["all"].pos)[0, 0] >= first
-        found.append(np.asarray(layer["all"].state["far"])[0][:, late].mean(-1))
-    return np.stack(found)
+        shares.append(np.asarray(layer["all"].state["far"])[0][:, late].mean(-1))
+    return np.stack(shares)
 
 
 def calibrate(model: Pretrained, text: str, tokens: int, sink: int, window: int) -> dict[str, Any]:

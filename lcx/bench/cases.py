@@ -66,8 +66,8 @@ class Case:
             by = " by token" if self.by == "token" else ""
             return f"decode {self.payload}{by} {shape}" + (f" T {self.T}" if self.T > 1 else "")
         if self.kernel in SCORES:
-            about = {"antidiagonal": f" stride {self.stride}", "minmax": f" page {EXTREMES}"}.get(self.kernel, "")
-            return f"score {self.kernel}{about} {shape} last {self.T:,} queries"
+            detail = {"antidiagonal": f" stride {self.stride}", "minmax": f" page {EXTREMES}"}.get(self.kernel, "")
+            return f"score {self.kernel}{detail} {shape} last {self.T:,} queries"
         mask = "causal" if self.window is None else f"window {self.window} + {self.sink}"
         what = mask if self.density is None else f"{mask}, list {self.density:.0%}"
         return f"{self.kernel} {shape} {what}"
@@ -153,12 +153,12 @@ def ours(case: Case, blocks: BlockList | None = None, tile=None) -> Callable:
             return attend_by(q, [source], pos, scale=scale, mask=near, implementation="pallas")
 
         return decode
-    about: dict[str, Any] = {"scale": scale, "mask": case.mask, "q_offset": offset, "blocks": blocks, "tile": tile}
+    settings: dict[str, Any] = {"scale": scale, "mask": case.mask, "q_offset": offset, "blocks": blocks, "tile": tile}
     if case.kernel == "forward":
-        return partial(attend, out_dtype=jnp.bfloat16, **about)
+        return partial(attend, out_dtype=jnp.bfloat16, **settings)
 
     def loss(q, k, v):
-        return attend_with_gradient(q, k, v, out_dtype=jnp.bfloat16, **about).out.astype(jnp.float32).sum()
+        return attend_with_gradient(q, k, v, out_dtype=jnp.bfloat16, **settings).out.astype(jnp.float32).sum()
 
     return jax.grad(loss, (0, 1, 2))
 
@@ -200,15 +200,15 @@ def error(got, want) -> float:
     """Return the largest difference of any result, over the largest value of that result; lse is held to a tenth of this."""
     if isinstance(want, Partial):
         got, want = (got.out, 10 * got.lse), (want.out, 10 * want.lse)
-    found = 0.0
+    largest = 0.0
     for a, b in zip(got, want, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         both = np.isneginf(a) & np.isneginf(b)
         a, b = np.where(both, 0, a), np.where(both, 0, b)
         if not np.isfinite(a).all():
             return float("inf")
-        found = max(found, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)))
-    return found
+        largest = max(largest, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)))
+    return largest
 
 
 SMALL = {"heads": 4, "kv_heads": 2}

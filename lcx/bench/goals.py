@@ -45,25 +45,25 @@ def _is(row: Timed, **fields) -> bool:
 def _peers(rows: list[Timed]) -> list[str]:
     lines = []
     for kernel, head_dim, tokens, least in GOALS:
-        found = [
+        measured = [
             r for r in rows
             if _is(r, kernel=kernel, head_dim=head_dim, density=None) and r["case"]["tokens"] >= tokens and "ratio" in r
         ]  # fmt: skip
-        ratio = min((r["ratio"] for r in found), default=None)
-        told = "no row" if ratio is None else f"{ratio:.3f} {'met' if ratio >= least else 'NOT met'}"
-        lines.append(f"  {kernel:<9} D {head_dim:<4} from {tokens:,} tokens: {least:.2f}   {told}")
+        ratio = min((r["ratio"] for r in measured), default=None)
+        verdict = "no row" if ratio is None else f"{ratio:.3f} {'met' if ratio >= least else 'NOT met'}"
+        lines.append(f"  {kernel:<9} D {head_dim:<4} from {tokens:,} tokens: {least:.2f}   {verdict}")
     for r in rows:
         if _is(r, kernel="backward", head_dim=256):
             ratio = _beside(r, "tokamax")
-            told = f"no tokamax, goal {GRADIENT_256:g}" if ratio is None else judged(ratio, GRADIENT_256)
-            lines.append(f"  {r['name']}: of tokamax {told}")
+            verdict = f"no tokamax, goal {GRADIENT_256:g}" if ratio is None else judged(ratio, GRADIENT_256)
+            lines.append(f"  {r['name']}: of tokamax {verdict}")
     return lines
 
 
 def _beside(row: Timed, name: str) -> float | None:
     """Return our speed over that of the best peer whose name begins with `name`."""
-    found = [1 / peer["ours_over_it"] for n, peer in row.get("peers", {}).items() if n.startswith(name)]
-    return min(found, default=None)
+    ratios = [1 / peer["ours_over_it"] for n, peer in row.get("peers", {}).items() if n.startswith(name)]
+    return min(ratios, default=None)
 
 
 def _sparse(rows: list[Timed]) -> list[str]:

@@ -171,7 +171,7 @@ def prefill_s(ms: dict[str, float]) -> float | None:
     names = {part: [f"model prefill: {part} chunk {i}" for i in SAMPLED] for part in PREFILL_PARTS}
     if not {"model prefill: layer", *sum(names.values(), [])} <= set(ms):
         return None
-    lines = sum(np.interp(chunks, SAMPLED, [ms[n] for n in found]).sum() for found in names.values())
+    lines = sum(np.interp(chunks, SAMPLED, [ms[n] for n in labels]).sum() for labels in names.values())
     return float(LAYERS * (lines + len(chunks) * ms["model prefill: layer"]) / 1e3)
 
 
@@ -201,7 +201,7 @@ def counted() -> dict[str, Any]:
 def composed(ms: dict[str, float]) -> list[tuple[str, dict[str, Any]]]:
     """Return (name, row) for each row that can be composed from the parts' milliseconds by name."""
     parts = {name: time for name, time in ms.items() if name.startswith("model ")}
-    about = (
+    totals = (
         (f"model prefill {PREFILL:,} at {DENSITY:.0%}", "prefill", "seconds", prefill_s(ms), PREFILL_S),
         (f"model decode {CONTEXT:,} int4, half of the heads streaming", "decode", "ms_a_token", step_ms(ms), STEP_MS),
     )
@@ -211,6 +211,6 @@ def composed(ms: dict[str, float]) -> list[tuple[str, dict[str, Any]]]:
             {unit: value, "goal": goal, "met": value <= goal, "composed": "from measured parts, see lcx/bench/model.py"}
             | {"parts": {n: t for n, t in parts.items() if n.startswith(f"model {kind}")}},
         )
-        for name, kind, unit, value, goal in about
+        for name, kind, unit, value, goal in totals
         if value is not None
     ]  # fmt: skip

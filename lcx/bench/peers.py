@@ -123,11 +123,11 @@ def _fa3_decode(case: Case, pool: Callable, splits: int, page: int) -> Timed:
     attend = _need("flash_attn3_jax").flash_mha_with_kvcache
     q, k, v, tables = pool()
     length = jnp.full((case.batch,), case.tokens, jnp.int32)
-    about: dict[str, Any] = {"softmax_scale": case.head_dim**-0.5, "is_causal": True, "num_splits": splits}
+    settings: dict[str, Any] = {"softmax_scale": case.head_dim**-0.5, "is_causal": True, "num_splits": splits}
 
     def run(q, k, v, tables, length):
         k, v = (x.reshape(-1, page, *x.shape[2:]) for x in (k, v))
-        return [attend(q, k, v, cache_seqlens=length, page_table=table, **about) for table in tables]
+        return [attend(q, k, v, cache_seqlens=length, page_table=table, **settings) for table in tables]
 
     return repeated(jax_timer(run, (q, k, v, tables[page], length)), tables[page].shape[0])
 

@@ -43,9 +43,9 @@ class Rows:
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row | self.shared) + "\n")
-        shown = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in row.items() if n not in HIDDEN}
-        told = ", ".join(f"{n} {v}" for n, v in shown.items())
-        print(f"{row['at_s']:6.1f} s  {kind:<8} {name:<52} {told}", flush=True)
+        values = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in row.items() if n not in HIDDEN}
+        line = ", ".join(f"{n} {v}" for n, v in values.items())
+        print(f"{row['at_s']:6.1f} s  {kind:<8} {name:<52} {line}", flush=True)
 
     @property
     def seconds(self) -> float:
@@ -74,15 +74,15 @@ def check(rows: Rows, on_gpu: bool, only: str = "") -> set[str]:
         start = time.perf_counter()
         # a kernel that does not compile or run does not cost the others
         try:
-            found = error_of(case, on_gpu)
+            difference = error_of(case, on_gpu)
         except Exception as error:
             bad.add(case.kernel)
             rows.add("failed", f"check {case.name}", why=one_line(error))
             continue
-        right = found <= CHECKED[case.kernel]
+        right = difference <= CHECKED[case.kernel]
         if not right:
             bad.add(case.kernel)
-        rows.add("check", case.name, error=found, right=right, seconds=round(time.perf_counter() - start, 1))
+        rows.add("check", case.name, error=difference, right=right, seconds=round(time.perf_counter() - start, 1))
     return bad
 
 
@@ -146,20 +146,20 @@ def time_rows(rows: Rows, bad: set[str], only: str = "", limit_s: float = 570.0)
             continue
         before = timing.card()
         try:
-            found = time_row(row, copy, flops)
+            figures = time_row(row, copy, flops)
         # one row that fails, such as for want of memory, does not cost the others
         except Exception as error:
             rows.add("failed", row.name, why=one_line(error))
             continue
         after = timing.card()
-        rows.add("timed", row.name, **found, drifted=drifted(before, after), **after)
+        rows.add("timed", row.name, **figures, drifted=drifted(before, after), **after)
         yield rows.rows[-1]
 
 
 def drifted(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
     """Return True where the clock moved by more than DRIFT; None where the card does not report it."""
     try:
-        clocks = [float(told["sm_mhz"]) for told in (before, after)]
+        clocks = [float(state["sm_mhz"]) for state in (before, after)]
     except (KeyError, ValueError):
         return None
     return abs(clocks[0] - clocks[1]) > DRIFT * max(clocks)
@@ -182,22 +182,22 @@ def time_row(row, copy: float, flops: float) -> dict[str, Any]:
             absent[name] = f"absent: {error}"
         except Exception as error:
             absent[name] = f"absent: {one_line(error)}"
-    found, raised = timing.in_turn(timed)
+    times, raised = timing.in_turn(timed)
     absent |= {name: f"absent: {one_line(error)}" for name, error in raised.items()}
-    mine = found["ours"]
+    mine = times["ours"]
     ms = mine["ms"]
-    told: dict[str, Any] = {name: mine[name] for name in ("ms", "p10", "p90", "n")}
+    figures: dict[str, Any] = {name: mine[name] for name in ("ms", "p10", "p90", "n")}
     if case is None:
-        return told
-    told |= {"tflops": case.flops / ms / 1e9, "of_matmul": case.flops / ms * 1e3 / flops, "calls": row.calls}
+        return figures
+    figures |= {"tflops": case.flops / ms / 1e9, "of_matmul": case.flops / ms * 1e3 / flops, "calls": row.calls}
     if case.kernel.startswith("decode"):
-        told |= {"gb_per_s": case.bytes / ms / 1e6, "of_copy": case.bytes / ms * 1e3 / copy}
-    best = min((n for n in found if n != "ours"), key=lambda n: found[n]["ms"], default=None)
+        figures |= {"gb_per_s": case.bytes / ms / 1e6, "of_copy": case.bytes / ms * 1e3 / copy}
+    best = min((n for n in times if n != "ours"), key=lambda n: times[n]["ms"], default=None)
     if best is not None:
-        told |= {"best_peer": best, "best_peer_ms": found[best]["ms"], "ratio": 1 / found[best]["ours_over_it"]}
+        figures |= {"best_peer": best, "best_peer_ms": times[best]["ms"], "ratio": 1 / times[best]["ours_over_it"]}
     if (case.kernel, case.tokens) == ("forward", 4_096) or case == Case("decode", 131_072):
-        told["wall_ms"] = timing.wall_ms(row.program, args) / row.calls
-    return told | {"peers": found, "absent": absent, "case": vars(case)}
+        figures["wall_ms"] = timing.wall_ms(row.program, args) / row.calls
+    return figures | {"peers": times, "absent": absent, "case": vars(case)}
 
 
 def run(out: Path, *, dry_run: bool, only: str = "", limit_s: float = 570.0) -> None:

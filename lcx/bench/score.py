@@ -44,9 +44,9 @@ def reference(case: Case) -> Callable:
 
 
 def _call(case: Case, module: ModuleType, **more) -> Callable:
-    about = {"scale": case.head_dim**-0.5, "q_offset": case.tokens - case.T} | more
+    settings = {"scale": case.head_dim**-0.5, "q_offset": case.tokens - case.T} | more
     if case.kernel == "antidiagonal":
-        return lambda q, k: (module.score_antidiagonal(q, k, stride=case.stride, **about),)
+        return lambda q, k: (module.score_antidiagonal(q, k, stride=case.stride, **settings),)
     if case.kernel == "probe":
-        return lambda q, k: module.score_probe(q, k, **about)
+        return lambda q, k: module.score_probe(q, k, **settings)
     return lambda q, low, high: (module.score_minmax(q, low, high, **more),)

@@ -26,8 +26,8 @@ def jax_timer(fn: Callable, args) -> Timed:
         jax.block_until_ready(program(*args))
 
     def times(iterations: int) -> list[float]:
-        _, found = profiler.measure(program, iterations=iterations)(*args)
-        return [float(x) for x in np.ravel(np.asarray(found, np.float64))]
+        _, measured = profiler.measure(program, iterations=iterations)(*args)
+        return [float(x) for x in np.ravel(np.asarray(measured, np.float64))]
 
     return times
 
@@ -81,13 +81,13 @@ def in_turn(timers: Mapping[str, Timed]) -> tuple[dict[str, dict[str, float]], d
                 del rounds[name]
         if time.perf_counter() - start > MOST_S:
             break
-    found = {}
+    medians = {}
     for name, times in rounds.items():
         flat = np.concatenate([np.asarray(t) for t in times])
         ratio = np.median([np.median(a) / np.median(b) for a, b in zip(rounds["ours"], times, strict=True)])
         quantiles = {f"p{q}": float(np.percentile(flat, q)) for q in (10, 90)}
-        found[name] = {"ms": float(np.median(flat)), "ours_over_it": float(ratio), "n": len(flat), **quantiles}
-    return found, raised
+        medians[name] = {"ms": float(np.median(flat)), "ours_over_it": float(ratio), "n": len(flat), **quantiles}
+    return medians, raised
 
 
 def card() -> dict[str, Any]:

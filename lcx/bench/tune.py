@@ -91,23 +91,25 @@ def with_entry(source: str, name: str, key: Any, tile: Any, part: int | None = N
     Raises:
       UserError: there is no such entry.
     """
-    found = [
+    entries = [
         value
         for node in ast.parse(source).body
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and ast.unparse(node.targets[0]) == name
         for at, value in zip(node.value.keys, node.value.values, strict=True)
         if at is not None and ast.literal_eval(at) == key
     ]
-    if len(found) != 1:
-        raise UserError(f"tables.py: {name} has {len(found)} entries for {key}; one is needed")
-    node = found[0]
+    if len(entries) != 1:
+        raise UserError(f"tables.py: {name} has {len(entries)} entries for {key}; one is needed")
+    node = entries[0]
     if part is not None and isinstance(node, ast.Tuple):
         node = node.elts[part]
     # what is as by default is left out
-    told = ", ".join(f"{f.name}={getattr(tile, f.name)!r}" for f in fields(tile) if getattr(tile, f.name) != f.default)
+    settings = ", ".join(
+        f"{f.name}={getattr(tile, f.name)!r}" for f in fields(tile) if getattr(tile, f.name) != f.default
+    )
     lines = source.splitlines(keepends=True)
     first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
-    line = lines[first][: node.col_offset] + f"{type(tile).__name__}({told})" + lines[last][node.end_col_offset :]
+    line = lines[first][: node.col_offset] + f"{type(tile).__name__}({settings})" + lines[last][node.end_col_offset :]
     return "".join([*lines[:first], line, *lines[last + 1 :]])
 
 
@@ -157,20 +159,20 @@ def tune(kernel: str, head_dim: int, *, payload: str = "bf16", rows: int = 8, wr
     best: tuple[float, Any] | None = None
     for tile in candidates(kernel, entries[head_dim]):
         run = program(case, tile)
-        told = ", ".join(f"{n}={v}" for n, v in vars(tile).items())
+        sizes = ", ".join(f"{n}={v}" for n, v in vars(tile).items())
         # a candidate may ask for more shared memory than there is, or for a tile that wgmma does not take
         try:
             if dry_run:
                 with quiet():
                     report = compile_kernel(run, *args)
                 fits = report.spill_stores == 0 and report.shared <= SHARED_LIMIT
-                print(f"{'fits' if fits else 'no  '}  {told}   {report}", flush=True)
+                print(f"{'fits' if fits else 'no  '}  {sizes}   {report}", flush=True)
                 continue
             milliseconds = sorted(jax_timer(run, args)(ITERATIONS))[ITERATIONS // 2] / row.calls
         except (ValueError, NotImplementedError, AssertionError, jax.errors.JaxRuntimeError) as error:
-            print(f"no    {told}   {type(error).__name__}: {' '.join(str(error).split())[:120]}", flush=True)
+            print(f"no    {sizes}   {type(error).__name__}: {' '.join(str(error).split())[:120]}", flush=True)
             continue
-        print(f"{milliseconds:8.3f} ms  {told}", flush=True)
+        print(f"{milliseconds:8.3f} ms  {sizes}", flush=True)
         if best is None or milliseconds < best[0]:
             best = (milliseconds, tile)
     if best is not None:

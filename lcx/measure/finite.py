@@ -22,15 +22,15 @@ def first_not_finite(session: Session, run: Callable[[], object]) -> str:
       session: forgets its texts.
       run: what gave the value: prefill, then steps, of this session.
     """
-    found: list[str] = []
+    places: list[str] = []
     steps = {"prefill": 0, "decode": 0}
 
     def watch(phase: str, layer: int, x: jax.Array) -> None:
         if layer == 0:
             steps[phase] = steps.get(phase, 0) + 1
-        if not found and not bool(jnp.isfinite(x).all()):
+        if not places and not bool(jnp.isfinite(x).all()):
             last = session.config.num_layers - 1
-            found.append(f"layer {layer} (of 0 to {last}), {phase} step {steps[phase]}: output not finite")
+            places.append(f"layer {layer} (of 0 to {last}), {phase} step {steps[phase]}: output not finite")
 
     session.reset()
     session.watch = watch
@@ -38,4 +38,4 @@ def first_not_finite(session: Session, run: Callable[[], object]) -> str:
         run()
     finally:
         session.watch = None
-    return found[0] if found else "logits: not finite, though every layer's output is"
+    return places[0] if places else "logits: not finite, though every layer's output is"

@@ -35,13 +35,13 @@ def peak_rss_bytes() -> int | None:
 
 def machine_bytes() -> int | None:
     """Return the memory of this machine, or of the process's control group where that is less; None where the system reports neither."""
-    found = []
+    limits = []
     with contextlib.suppress(OSError, ValueError):
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with contextlib.suppress(OSError, ValueError):
         # the file says "max" where there is no limit
-        found.append(int(_CGROUP.read_text()))
-    return min(found, default=None)
+        limits.append(int(_CGROUP.read_text()))
+    return min(limits, default=None)
 
 
 def bits_per_value(

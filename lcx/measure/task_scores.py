@@ -78,13 +78,13 @@ def run_samples(
         caps = [samples[i].answer_tokens for i in members]
         prompt, new_tokens = budget - min(caps), max(caps)
         for start in range(0, len(members), batch):
-            here = members[start : start + batch]
-            prompts = [_ids(encode, samples[i]) for i in here]
-            prompts += prompts[:1] * (batch - len(here))
-            answers = [_Answer(model, samples[i].answer_tokens, stop_at_newline) for i in here]
+            rows = members[start : start + batch]
+            prompts = [_ids(encode, samples[i]) for i in rows]
+            prompts += prompts[:1] * (batch - len(rows))
+            answers = [_Answer(model, samples[i].answer_tokens, stop_at_newline) for i in rows]
             session = make_session(model.layers, experiment, prompt, new_tokens, batch)
             _answer(model, session, prompts, answers)
-            for i, answer in zip(here, answers, strict=True):
+            for i, answer in zip(rows, answers, strict=True):
                 text = answer.text()
                 results[i] = TaskResult(samples[i], text, score(samples[i], text), tuple(answer.ids))
     return [results[i] for i in range(len(samples))]
@@ -92,10 +92,10 @@ def run_samples(
 
 def mean_scores(results: Iterable[TaskResult]) -> dict[tuple[str, int], float]:
     """Return (task, budget) -> mean score, 0 to 100."""
-    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    by_task: dict[tuple[str, int], list[float]] = defaultdict(list)
     for result in results:
-        found[result.sample.task, result.sample.budget].append(result.score)
-    return {key: float(np.mean(scores)) for key, scores in found.items()}
+        by_task[result.sample.task, result.sample.budget].append(result.score)
+    return {key: float(np.mean(scores)) for key, scores in by_task.items()}
 
 
 def _ids(encode: Callable[[str], list[int]], sample: Sample) -> list[int]:

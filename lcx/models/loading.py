@@ -53,6 +53,6 @@ class Pretrained:
 
 def load(name: str, dtype: str = "float32", accept_licence: bool = False) -> Pretrained:
     """Load a model by name, path or hub id; arguments and errors are those of `lcx.pretrained.load_arrays`."""
-    found = load_arrays(name, dtype, accept_licence)
-    layers = Layers.of(Model(found.config, {n: jnp.asarray(a) for n, a in found.arrays.items()}))
-    return Pretrained(layers, found.tokenizer, found.name, found.sha256, found.licence)
+    checkpoint = load_arrays(name, dtype, accept_licence)
+    layers = Layers.of(Model(checkpoint.config, {n: jnp.asarray(a) for n, a in checkpoint.arrays.items()}))
+    return Pretrained(layers, checkpoint.tokenizer, checkpoint.name, checkpoint.sha256, checkpoint.licence)

@@ -85,10 +85,10 @@ def check(
         experiment = experiment.with_budget(length, settings["budget"], settings["keep_ratio"])
     new_tokens, dtype, batch = (settings[name] for name in ("new_tokens", "dtype", "batch"))
     # the machine's own device, whatever it is: its memory is not asked about
-    here = Device("this machine", None, 1, 1 << 62)
-    row = estimate(config, experiment, length, new_tokens, dtype, here, batch)
-    found, source = measured_peak(config, experiment, length, new_tokens, jnp.dtype(dtype), batch)
+    local = Device("this machine", None, 1, 1 << 62)
+    row = estimate(config, experiment, length, new_tokens, dtype, local, batch)
+    measured, source = measured_peak(config, experiment, length, new_tokens, jnp.dtype(dtype), batch)
     yield (
-        f"{method}, {length:,} tokens: predicted {row.at.peak_bytes / GIB:.3f} GiB ({row.at.program}), measured {found / GIB:.3f} GiB "
-        f"({source}), predicted / measured {row.at.peak_bytes / max(found, 1):.3f}"
+        f"{method}, {length:,} tokens: predicted {row.at.peak_bytes / GIB:.3f} GiB ({row.at.program}), measured {measured / GIB:.3f} GiB "
+        f"({source}), predicted / measured {row.at.peak_bytes / max(measured, 1):.3f}"
     )

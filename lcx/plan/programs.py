@@ -166,7 +166,7 @@ class Compiler:
 
     def __init__(self, workers: int = 2):
         self._pool = ThreadPoolExecutor(max_workers=workers)
-        self._found: dict[Any, Future[Report]] = {}
+        self._reports: dict[Any, Future[Report]] = {}
         self._lock = threading.Lock()
 
     def submit(self, target: GpuTarget | None, parts: Sequence[Part]) -> list[Future[Report]]:
@@ -175,15 +175,15 @@ class Compiler:
         for part in parts:
             key = (target, part.key)
             with self._lock:
-                if key not in self._found:
-                    self._found[key] = self._pool.submit(_compile, target, part)
-                result.append(self._found[key])
+                if key not in self._reports:
+                    self._reports[key] = self._pool.submit(_compile, target, part)
+                result.append(self._reports[key])
         return result
 
     def known(self, target: GpuTarget | None, part: Part) -> Report | None:
         """Return the report of a compiled program, perhaps of another length: programs of a cache that does not grow are equal."""
-        found = self._found.get((target, part.key))
-        return found.result() if found is not None else None
+        report = self._reports.get((target, part.key))
+        return report.result() if report is not None else None
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -76,9 +76,9 @@ def _attention_flops(
     config: ModelConfig, recipe: Recipe, phase: str, layer: int, length: int, width: int, aux: Aux | None
 ) -> float:
     """Return the operations of q.k and p.v, 4 a channel for every (query, readable key) pair.  A step sees itself whole."""
-    here, sizes = recipe.at(phase, layer, config), recipe.capacities(phase, layer, Shape(config, length))
+    acting, sizes = recipe.at(phase, layer, config), recipe.capacities(phase, layer, Shape(config, length))
     total = 0.0
-    for chain in here.chains:
+    for chain in acting.chains:
         most = sum(sizes[s.name] for s in chain)
         if phase == "decode":
             pairs = float(min(length, most) + 1)
@@ -94,16 +94,16 @@ def _attention_flops(
 
 def _read_bytes(setting: Setting, recipe: Recipe, layer: int, length: int, aux: Aux | None) -> float:
     """Return the cache bytes that a decode step reads: all, or state and at most the budget of each query head where pages are chosen."""
-    here = recipe.at("decode", layer, setting.config)
+    acting = recipe.at("decode", layer, setting.config)
     shape = Shape(setting.config, length, 0, setting.batch, setting.dtype)
     cache = jax.eval_shape(lambda: recipe.init_layer("decode", layer, shape, aux))
-    return sum(_chain_bytes(here, chain, cache, setting.config.group) for chain in here.chains)
+    return sum(_chain_bytes(acting, chain, cache, setting.config.group) for chain in acting.chains)
 
 
-def _chain_bytes(here: Recipe, chain: Chain, cache, group: int) -> float:
+def _chain_bytes(recipe: Recipe, chain: Chain, cache, group: int) -> float:
     total = 0.0
     for s in chain:
         slots = cache[s.name]
-        share = here.pattern.share(slots.pos.shape[-1], group)
+        share = recipe.pattern.share(slots.pos.shape[-1], group)
         total += shape_bytes((slots.payload, slots.pos)) * share + shape_bytes(slots.state)
     return total

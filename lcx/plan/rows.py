@@ -341,12 +341,12 @@ def plan(
     try:
         # two at a time: while one waits for XLA the other traces
         with ThreadPoolExecutor(max_workers=2) as pool:
-            found = []
+            all_rows = []
             for rows in pool.map(lambda job: _rows(job, compiler, lengths, limits), jobs):
-                found += rows
+                all_rows += rows
                 if on_rows is not None:
                     on_rows(rows)
-            return found
+            return all_rows
     finally:
         compiler.close()
 

@@ -146,9 +146,9 @@ class Curve:
                 continue
             predicted = self.peak(length)
             self.compile(length)
-            found = self.peak(length)
-            temp_error = abs(predicted.temp_bytes - found.temp_bytes) / max(found.temp_bytes, 1)
-            checks.append(Check(length, temp_error, abs(predicted.bytes - found.bytes) / found.bytes))
+            compiled = self.peak(length)
+            temp_error = abs(predicted.temp_bytes - compiled.temp_bytes) / max(compiled.temp_bytes, 1)
+            checks.append(Check(length, temp_error, abs(predicted.bytes - compiled.bytes) / compiled.bytes))
             if checks[-1].holds:
                 break
         return checks

@@ -97,11 +97,11 @@ def notes(rows: Sequence[PlanRow]) -> list[str]:
         f"Attention: {' | '.join(dict.fromkeys(r.job.setting.implementation for r in rows))}.  "
         "Times are predicted from a roofline, nothing ran."
     ]
-    said: dict[str, list[str]] = {}
+    by_note: dict[str, list[str]] = {}
     for r in first_of_method(rows):
         for note in r.notes:
-            said.setdefault(note, []).append(r.job.method)
-    lines += [f"{', '.join(methods)}: {note}." for note, methods in said.items()]
+            by_note.setdefault(note, []).append(r.job.method)
+    lines += [f"{', '.join(methods)}: {note}." for note, methods in by_note.items()]
     checks = [r.checks for r in first_of_method(rows) if r.checks]
     if checks:
         first, last = (max((c[i] for c in checks), key=lambda c: c.temp_error) for i in (0, -1))
@@ -158,9 +158,9 @@ def figure(rows: Sequence[PlanRow], path: Path) -> None:
         _panel(axes, [r for r in rows if r.job.device.name == name])
     panels[0, 0].set_ylabel("peak memory of a device, GiB")
     lengths = sorted({r.at.length for r in rows})
-    shown = lengths if len(lengths) <= 8 else lengths[::2]
+    ticks = lengths if len(lengths) <= 8 else lengths[::2]
     for axes in panels[0]:
-        axes.set_xticks(shown, [_short(n) for n in shown])
+        axes.set_xticks(ticks, [_short(n) for n in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(LogLocator(base=2, numticks=12))
         axes.yaxis.set_major_formatter("{x:g}")

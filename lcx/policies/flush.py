@@ -56,8 +56,8 @@ class Flush(Policy):
             """Return the tokens at these places of the text order; EMPTY where `place` is past the end."""
             src = jnp.take_along_axis(order, jnp.minimum(place, S + T - 1), -1)
             wide = jnp.broadcast_to(src, (src.shape[0], k.shape[1], src.shape[2]))[..., None]
-            here = jnp.where(place < count, jnp.take_along_axis(pos, src, -1), EMPTY)
-            return Tokens(jnp.take_along_axis(k, wide, 2), jnp.take_along_axis(v, wide, 2), here)
+            taken = jnp.where(place < count, jnp.take_along_axis(pos, src, -1), EMPTY)
+            return Tokens(jnp.take_along_axis(k, wide, 2), jnp.take_along_axis(v, wide, 2), taken)
 
         stay = Edit(jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (1, 1, S)), take(flushed + jnp.arange(S)))
         width = self.handed(S + T)

@@ -80,8 +80,8 @@ def load(sha256: str, dtype: str, config: ModelConfig) -> dict[str, np.ndarray] 
         return None
     kind = "F32" if dtype == "float32" else "BF16"
     wanted = {name: (kind, shape) for name, shape in param_shapes(config).items()}
-    found = {name: entry[:2] for name, entry in file.entries.items()}
-    if found != wanted or file.metadata.get("config") != _config_json(config):
+    stored = {name: entry[:2] for name, entry in file.entries.items()}
+    if stored != wanted or file.metadata.get("config") != _config_json(config):
         logging.warning("cache file of another model is rebuilt: %s", path)
         return None
     return {name: file.values(name) for name in wanted}

@@ -126,14 +126,14 @@ def _check(path: str, parts: Mapping[str, list[Part]], stored: Mapping[str, Stor
     problems = []
     wanted = [part for group in parts.values() for part in group]
     for part in wanted:
-        found = stored.get(part.name)
-        if found is None:
+        array = stored.get(part.name)
+        if array is None:
             problems.append(f"{part.name} is missing")
             continue
-        if found.shape != part.shape:
-            problems.append(f"{part.name} has shape {found.shape}, its config asks for {part.shape}")
-        if found.dtype not in dtypes:
-            problems.append(f"{part.name} has type {found.dtype}, which lcx does not read")
+        if array.shape != part.shape:
+            problems.append(f"{part.name} has shape {array.shape}, its config asks for {part.shape}")
+        if array.dtype not in dtypes:
+            problems.append(f"{part.name} has type {array.dtype}, which lcx does not read")
     unknown = set(stored) - {part.name for part in wanted} - ignored
     problems += [f"{name[:80]!r} is in the file but not in the model" for name in sorted(unknown)]
     if problems:

@@ -33,12 +33,12 @@ class CheckpointMismatch(LoadError):
     """Mismatch of stored weights and their config.  `problems` lists all of them, the message as many as have room."""
 
     def __init__(self, path: str, problems: list[str]):
-        shown, room = [], MOST - min(len(path), PATH) - 60
+        listed, room = [], MOST - min(len(path), PATH) - 60
         for problem in problems:
             room -= len(problem) + 2
-            if shown and room < 0:
+            if listed and room < 0:
                 break
-            shown.append(problem)
-        rest = f"; and {len(problems) - len(shown)} more" if len(shown) < len(problems) else ""
-        super().__init__(f"{path}: {len(problems)} problem(s) with its weights: {'; '.join(shown)}{rest}")
+            listed.append(problem)
+        rest = f"; and {len(problems) - len(listed)} more" if len(listed) < len(problems) else ""
+        super().__init__(f"{path}: {len(problems)} problem(s) with its weights: {'; '.join(listed)}{rest}")
         self.problems = tuple(problems)

@@ -246,11 +246,11 @@ def _hf_rope(f: Fields, arch: str, head_dim: int, context: int) -> dict[str, obj
         settings = hf_rope(f, scaling, key, head_dim, context, 10_000.0, arch == "Phi3ForCausalLM")
         return dict(model_values(settings, context))
     local = scaling.section(f"{key}.sliding_attention")
-    found = Rope(base=f.number("rope_local_base_freq", GEMMA3_LOCAL_BASE))
+    rope_local = Rope(base=f.number("rope_local_base_freq", GEMMA3_LOCAL_BASE))
     if local.values:
         local.refuse(f"{key}.sliding_attention.rope_type", ("default",))
-        found = Rope(base=local.number(f"{key}.sliding_attention.rope_theta"))
+        rope_local = Rope(base=local.number(f"{key}.sliding_attention.rope_theta"))
         key = f"{key}.full_attention"
         scaling = scaling.section(key)
     settings = hf_rope(f, scaling, key, head_dim, context, 1_000_000.0)
-    return {**model_values(settings, context), "rope_local": found}
+    return {**model_values(settings, context), "rope_local": rope_local}

@@ -190,7 +190,7 @@ def gguf_rope(file: GGUFFile, f: Fields, arch: str, head_dim: int, context: int)
         scale *= _yarn_mscale(factor)
     else:
         own = (factor,)
-    found = {
+    tensors = {
         name: _factors(file, f"{name}.weight", pairs)
         for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")
     }
@@ -199,14 +199,14 @@ def gguf_rope(file: GGUFFile, f: Fields, arch: str, head_dim: int, context: int)
         divisors = own if factors is None else tuple(a * b for a, b in zip(_wide(own, pairs), factors, strict=True))
         return make(divisors=divisors, scale=scale)
 
-    short, long = found["rope_factors_short"], found["rope_factors_long"]
+    short, long = tensors["rope_factors_short"], tensors["rope_factors_long"]
     reach = int(min(factor * trained, 1 << 31)) if kind == "yarn" else 0
-    if found["rope_freqs"] is not None or (short is None and long is None):
-        if kind == "longrope" and found["rope_freqs"] is None:
+    if tensors["rope_freqs"] is not None or (short is None and long is None):
+        if kind == "longrope" and tensors["rope_freqs"] is None:
             raise CheckpointFormatError(
                 f"{file.path}: {rope}.scaling.type='longrope' without tensors rope_factors_*.weight"
             )
-        return RopeSettings(with_factors(found["rope_freqs"]), context=reach)
+        return RopeSettings(with_factors(tensors["rope_freqs"]), context=reach)
     if short is None or long is None:
         raise CheckpointFormatError(
             f"{file.path}: has one of rope_factors_short.weight and rope_factors_long.weight; allowed are both"

@@ -125,9 +125,9 @@ class Tokenizer:
             self._backend.encode_special_tokens = not parse_special
             ids = self._backend.encode(text, add_special_tokens=False).ids
         if not parse_special and not self._special.isdisjoint(ids):
-            found = self._backend.id_to_token(next(index for index in ids if index in self._special))
+            special = self._backend.id_to_token(next(index for index in ids if index in self._special))
             raise LoadError(
-                f"text becomes the special token {found!r} of {self.path}; remove it, or pass parse_special=True"
+                f"text becomes the special token {special!r} of {self.path}; remove it, or pass parse_special=True"
             )
         return ids
 

@@ -23,8 +23,8 @@ SPLIT_REGEX = {
 def field(fields: Mapping[str, object], name: str, kind: type, path: str):
     value = fields.get(f"tokenizer.ggml.{name}")
     if not isinstance(value, kind):
-        found = "is missing" if value is None else f"is a {type(value).__name__}"
-        raise CheckpointFormatError(f"{path}: tokenizer.ggml.{name} {found}, allowed is a {kind.__name__}")
+        fault = "is missing" if value is None else f"is a {type(value).__name__}"
+        raise CheckpointFormatError(f"{path}: tokenizer.ggml.{name} {fault}, allowed is a {kind.__name__}")
     return value
 
 

@@ -90,10 +90,10 @@ class Style:
 
 def facets(rows: Sequence[Row]) -> dict[tuple[Any, Any, Any], list[Row]]:
     """Return (model, dtype, batch) -> the rows that one panel can show."""
-    found: dict[tuple, list[Row]] = {}
+    by_panel: dict[tuple, list[Row]] = {}
     for r in rows:
-        found.setdefault((r["model"], r["dtype"], r["batch"]), []).append(r)
-    return found
+        by_panel.setdefault((r["model"], r["dtype"], r["batch"]), []).append(r)
+    return by_panel
 
 
 def reference_of(rows: Sequence[Row]) -> str | None:
@@ -127,14 +127,14 @@ class Spot:
 
 def curve(rows: Sequence[Row], method: str | None, name: str, low: str = "", high: str = "") -> list[Spot]:
     """Return the values of one column against length, of points that are ok."""
-    found: dict[int, list[Row]] = {}
+    by_length: dict[int, list[Row]] = {}
     for r in rows:
         if r["method"] == method and r["status"] == "ok" and r[name] is not None and (r["length"] or 0) > 0:
-            found.setdefault(r["length"], []).append(r)
+            by_length.setdefault(r["length"], []).append(r)
     spots = []
-    for length in sorted(found):
-        values = [r[name] for r in found[length]]
-        every = values + [r[n] for n in (low, high) if n for r in found[length] if r[n] is not None]
+    for length in sorted(by_length):
+        values = [r[name] for r in by_length[length]]
+        every = values + [r[n] for n in (low, high) if n for r in by_length[length] if r[n] is not None]
         spots.append(Spot(length, sum(values) / len(values), min(every), max(every)))
     return spots
 
@@ -183,15 +183,15 @@ _STEPS = {
 
 def ticks(low: float, high: float, base: int, most: int = MOST_TICKS) -> list[float]:
     """Return round numbers from low to high for a log axis: the finest set of at most `most`, evenly spaced where the range is narrow."""
-    found: list[float] = []
+    numbers: list[float] = []
     for steps, every in _STEPS[base]:
         powers = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
-        found = [s * float(base) ** p for p in powers if p % every == 0 for s in steps]
-        found = [t for t in found if low <= t <= high]
-        if len(found) <= most:
+        numbers = [s * float(base) ** p for p in powers if p % every == 0 for s in steps]
+        numbers = [t for t in numbers if low <= t <= high]
+        if len(numbers) <= most:
             break
-    if len(found) >= 3:
-        return found
+    if len(numbers) >= 3:
+        return numbers
     # bytes are round in their own unit
     unit = 1024.0 ** math.floor(math.log(high, 1024)) if base == 2 else 1.0
     return [
@@ -244,17 +244,17 @@ class Failed:
 
 def failures(rows: Sequence[Row]) -> list[Failed]:
     """Return one entry a method, at most SHOWN_FAILURES and one that counts the others."""
-    found: dict[str, list[Row]] = {}
+    by_method: dict[str, list[Row]] = {}
     for r in rows:
         if has_failed(r) and (r["length"] or 0) > 0:
-            found.setdefault(r["method"], []).append(r)
+            by_method.setdefault(r["method"], []).append(r)
     entries = [
         Failed(
             method,
             plot_text(f"{method}: {', '.join(dict.fromkeys(str(r['status']) for r in mine))}", 60),
             tuple(sorted({r["length"] for r in mine})),
         )
-        for method, mine in found.items()
+        for method, mine in by_method.items()
     ]
     rest = entries[SHOWN_FAILURES:]
     if len(rest) <= 1:

@@ -187,17 +187,17 @@ def _setting_notes(
 ) -> list[str]:
     """Return the settings that differ where cells of the same name are not the same point."""
     changed = [cell for cell in shared if a[cell][0].key != b[cell][0].key]
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for cell in changed:
         old, new = leaves(a[cell][0].spec), leaves(b[cell][0].spec)
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
                 text = f"{name} {old.get(name)!r} -> {new.get(name)!r}"
-                found[text] = found.get(text, 0) + 1
-    notes = [f"set differently in {n} cells: {text}" for text, n in list(found.items())[:10]]
-    if len(found) > 10:
-        notes.append(f"set differently: {len(found) - 10} more")
-    if changed and not found:
+                counts[text] = counts.get(text, 0) + 1
+    notes = [f"set differently in {n} cells: {text}" for text, n in list(counts.items())[:10]]
+    if len(counts) > 10:
+        notes.append(f"set differently: {len(counts) - 10} more")
+    if changed and not counts:
         notes.append(
             f"{len(changed)} cells are other points with the same settings: the model's file or a method's arrays changed"
         )

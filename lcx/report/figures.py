@@ -136,10 +136,10 @@ def pareto(rows: Rows, ax: Axes | None = None, length: int | None = None, looks:
 def pareto_lengths(rows: Rows) -> list[int]:
     """Return the lengths at which `pareto` has something to show, shortest first."""
     quality = _quality(rows)
-    found = {
+    lengths = {
         r["length"] for r in rows if r["status"] == "ok" and r["cache_bytes"] and r[quality] is not None and r["length"]
     }
-    return sorted(n for n in found if n > 0)
+    return sorted(n for n in lengths if n > 0)
 
 
 def overview(rows: Rows, looks: Looks | None = None) -> Figure:
@@ -152,7 +152,7 @@ def overview(rows: Rows, looks: Looks | None = None) -> Figure:
 
 def every(rows: Rows, capacity: Sequence[str] = ()) -> dict[str, Figure]:
     """Return name -> figure for every figure that the rows have values for."""
-    found = {
+    drawn = {
         "overview": overview(rows),
         "memory": memory(rows),
         "peak": peak(rows, capacity=capacity),
@@ -160,7 +160,7 @@ def every(rows: Rows, capacity: Sequence[str] = ()) -> dict[str, Figure]:
         "pareto": pareto(rows),
         "needle": needle(rows),
     }
-    return {name: fig for name, fig in found.items() if fig is not None}
+    return {name: fig for name, fig in drawn.items() if fig is not None}
 
 
 def save(fig: Figure, path: Path | str) -> None:
@@ -205,19 +205,19 @@ def _figure(
         for ax, draw in zip(given, draws, strict=True):
             axes.label_points(ax, draw(ax, rows, looks))
         return cast(Figure, given[0].get_figure(root=True))
-    shown = dict(list(groups.items())[:MOST_FACETS])
+    kept = dict(list(groups.items())[:MOST_FACETS])
     with axes.styled():
         wide = width * len(draws)
-        methods = list(dict.fromkeys(r["method"] for own in shown.values() for r in own))
+        methods = list(dict.fromkeys(r["method"] for own in kept.values() for r in own))
         drawn = set(methods[:MOST_METHODS])
-        high = height * max(len(shown), 1) + 0.1 + (0.2 * _legend_lines(methods, wide) if methods and legend else 0)
+        high = height * max(len(kept), 1) + 0.1 + (0.2 * _legend_lines(methods, wide) if methods and legend else 0)
         fig = Picture(figsize=(wide, high), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
-        if not shown:
+        if not kept:
             fig.text(0.5, 0.5, "no points", ha="center")
             return fig
-        panels = fig.subplots(len(shown), len(draws), squeeze=False)
+        panels = fig.subplots(len(kept), len(draws), squeeze=False)
         labels: list[tuple[Axes, list[Label]]] = []
-        for line, (facet, own) in zip(panels, shown.items(), strict=True):
+        for line, (facet, own) in zip(panels, kept.items(), strict=True):
             title = facet_title(facet, own, int(wide * 13))
             line[0].set_title(title, loc="left", fontsize=9.5)
             own = [r for r in own if r["method"] in drawn]
@@ -289,11 +289,11 @@ def _quality(rows: Rows) -> str:
 
 
 def _pareto(ax: Axes, rows: Rows, looks: Looks, length: int | None = None) -> list[Label]:
-    found = pareto_lengths(rows)
-    length = length or (found[-1] if found else None)
+    lengths = pareto_lengths(rows)
+    length = length or (lengths[-1] if lengths else None)
     own = [r for r in rows if r["length"] == length]
     axes.list_failures(ax, own, looks)
-    if length not in found:
+    if length not in lengths:
         _nothing(ax, "no point has bytes and quality" if length is None else f"none at {length:,} tokens")
         return []
     quality, reference = _quality(rows), axes.reference_of(rows)

@@ -60,15 +60,15 @@ def needle_maps(rows: Rows) -> dict[str, tuple[list[int], list[float], list[list
     All maps have the same lengths, so that what failed is seen to be missing.
     """
     several = len(axes.facets(rows)) > 1
-    found: dict[str, dict[tuple[int, float], list[float]]] = {}
+    by_title: dict[str, dict[tuple[int, float], list[float]]] = {}
     for r in rows:
         grid = r["tasks"].get("needle") if isinstance(r["tasks"], dict) else None
         title = f"{r['method']}, {r['model']} {r['dtype']} x{r['batch']}" if several else str(r["method"])
         for length, depth, score in _cells(grid):
-            found.setdefault(title, {}).setdefault((length, depth), []).append(score)
+            by_title.setdefault(title, {}).setdefault((length, depth), []).append(score)
     maps = {}
-    lengths = sorted({n for cells in found.values() for n, _ in cells})
-    for title, cells in found.items():
+    lengths = sorted({n for cells in by_title.values() for n, _ in cells})
+    for title, cells in by_title.items():
         depths = sorted({d for _, d in cells})
         mean = {at: sum(scores) / len(scores) for at, scores in cells.items()}
         maps[title] = (lengths, depths, [[mean.get((n, d), math.nan) for n in lengths] for d in depths])

@@ -31,18 +31,18 @@ class ScoreTable:
 
 def flat(tasks: Any) -> dict[str, float]:
     """Return task -> score: RULER's mean and its 13, the mean of the needle grid; values that are not numbers are left out."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, value in tasks.items() if isinstance(tasks, dict) else ():
         if isinstance(value, dict) and "scores" in value:
             cells = [x for line in _list(value["scores"]) for x in _list(line)]
             if cells and all(map(_is_number, cells)):
-                found[f"{name}, mean of {len(cells)} depths"] = sum(cells) / len(cells)
+                values[f"{name}, mean of {len(cells)} depths"] = sum(cells) / len(cells)
         elif isinstance(value, dict):
             parts = [(k, v) for k, v in value.items() if _is_number(v) and k != "samples"]
-            found |= {f"{name} {k}": float(v) for k, v in sorted(parts, key=lambda part: part[0] != "mean")}
+            values |= {f"{name} {k}": float(v) for k, v in sorted(parts, key=lambda part: part[0] != "mean")}
         elif _is_number(value):
-            found[str(name)] = float(value)
-    return found
+            values[str(name)] = float(value)
+    return values
 
 
 def score_tables(rows: Sequence[Row]) -> list[ScoreTable]:
@@ -54,12 +54,12 @@ def score_tables(rows: Sequence[Row]) -> list[ScoreTable]:
             groups.setdefault((r["length"], *(r[n] for n in several)), []).append(r)
     tables = []
     for (length, *rest), group in groups.items():
-        found: dict[str, dict[str, list[float]]] = {}
+        by_task: dict[str, dict[str, list[float]]] = {}
         methods = list(dict.fromkeys(str(r["method"]) for r in group))
         for r in group:
             for task, score in flat(r["tasks"]).items():
-                found.setdefault(task, {}).setdefault(str(r["method"]), []).append(score)
-        lines = [(task, [_mean(by.get(method)) for method in methods]) for task, by in found.items()]
+                by_task.setdefault(task, {}).setdefault(str(r["method"]), []).append(score)
+        lines = [(task, [_mean(by.get(method)) for method in methods]) for task, by in by_task.items()]
         messages = [
             (str(r["method"]), str(task), str(value["message"]))
             for r in group

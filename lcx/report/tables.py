@@ -84,14 +84,14 @@ def compared(rows: Sequence[Row]) -> Safe:
 def task_scores(rows: Sequence[Row]) -> list[Safe]:
     """Return the scores of the tasks, a table for each length; nothing where no task was requested."""
     parts = []
-    for found in scores.score_tables(rows):
-        head = el("tr", el("th", "task"), *(el("th", method, class_="n", scope="col") for method in found.methods))
+    for scored in scores.score_tables(rows):
+        head = el("tr", el("th", "task"), *(el("th", method, class_="n", scope="col") for method in scored.methods))
         body = join(
             el("tr", el("td", task), *(el("td", scores.score_text(task, v), class_="n") for v in values))
-            for task, values in found.lines
+            for task, values in scored.lines
         )
-        parts += [el("h3", found.title), _table(head, body)]
-        parts += [el("p", f"{method}, {task}: {message}", class_="soft") for method, task, message in found.messages]
+        parts += [el("h3", scored.title), _table(head, body)]
+        parts += [el("p", f"{method}, {task}: {message}", class_="soft") for method, task, message in scored.messages]
     return parts
 
 
@@ -129,8 +129,8 @@ def meanings() -> Safe:
 
 def pairs(found: Sequence[tuple[str, Any]]) -> Safe:
     """Return names and values as a list."""
-    shown = [(name, value if isinstance(value, Safe) else plain(value)) for name, value in found]
-    return el("dl", *(part for name, value in shown for part in (el("dt", name), el("dd", value))))
+    cells = [(name, value if isinstance(value, Safe) else plain(value)) for name, value in found]
+    return el("dl", *(part for name, value in cells for part in (el("dt", name), el("dd", value))))
 
 
 def _table(head: Safe, body: Safe, kind: str | None = None) -> Safe:

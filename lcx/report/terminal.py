@@ -56,19 +56,19 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 def score_tables(rows: Sequence[Row]) -> list[tuple[str, Table, list[str]]]:
     """Return the scores of the tasks: title, table and messages for each length; nothing where no task was requested."""
-    shown = []
-    for found in scores.score_tables(rows):
+    printed = []
+    for scored in scores.score_tables(rows):
         result = empty_table()
         result.add_column("task", no_wrap=True)
-        for method in found.methods:
+        for method in scored.methods:
             result.add_column(escape(visible(method)), justify="right", no_wrap=True)
-        for task, values in found.lines:
+        for task, values in scored.lines:
             result.add_row(escape(visible(task)), *(scores.score_text(task, value) for value in values))
-        messages = [visible(f"{method}, {task}: {message}") for method, task, message in found.messages]
-        shown.append(
-            (f"Tasks at {visible(found.title)}: scores of 0 to 100; ppl, longppl: perplexities", result, messages)
+        messages = [visible(f"{method}, {task}: {message}") for method, task, message in scored.messages]
+        printed.append(
+            (f"Tasks at {visible(scored.title)}: scores of 0 to 100; ppl, longppl: perplexities", result, messages)
         )
-    return shown
+    return printed
 
 
 def show(rows: Sequence[Row], title: str) -> None:

@@ -20,18 +20,18 @@ def read_rows(store: Store) -> list[Row]:
 
 def whole_rows(points: Points) -> tuple[list[Row], int]:
     """Return (whole rows with ratios, values left out); as `rows.read_rows`, and a point may lack its reference."""
-    odd, found = 0, {}
+    odd, by_key = 0, {}
     for job, status, row in points:
         columns = job.spec.get("columns") if isinstance(job.spec, Mapping) else None
         columns = columns if isinstance(columns, Mapping) else {}
         whole = whole_row(job.key, columns, status, row if isinstance(row, Mapping) else None)
         fit = {name: typed(value, BY_NAME[name].kind) for name, value in whole.items()}
         odd += sum(fit[name] is None and value is not None for name, value in whole.items())
-        found[job.key] = fit
+        by_key[job.key] = fit
     rows = []
     for job, _, row in points:
-        dense = found.get(job.reference or job.key) if row else None
-        rows.append(found[job.key] | ratios(found[job.key], dense))
+        dense = by_key.get(job.reference or job.key) if row else None
+        rows.append(by_key[job.key] | ratios(by_key[job.key], dense))
     return rows, odd
 
 

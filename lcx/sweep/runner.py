@@ -75,9 +75,9 @@ def differences(old: Sequence[Job], new: Sequence[Job]) -> str:
     for what, ones, others in (("without", before, after), ("new", after, before)):
         for at in [a for a in ones if a not in others]:
             changed[f"{what}: {at[0]} at {at[4]} tokens"] = 1
-    shown = list(changed)[:SHOWN]
-    rest = len(changed) - len(shown)
-    return "; ".join(shown) + (f"; and {rest} more" if rest > 0 else "")
+    listed = list(changed)[:SHOWN]
+    rest = len(changed) - len(listed)
+    return "; ".join(listed) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def run_here(model: Pretrained, points: Sequence[Point], on_row: Callable[[Row], None] | None = None) -> list[Row]:
@@ -90,8 +90,8 @@ def run_here(model: Pretrained, points: Sequence[Point], on_row: Callable[[Row],
     rows = []
     for point in points:
         reference = first.get(point.reference_cell)
-        found = bench.row(point, None if reference is None else reference[0])
-        row = whole_row(point.key, point.columns, found["status"], found)
+        figures = bench.row(point, None if reference is None else reference[0])
+        row = whole_row(point.key, point.columns, figures["status"], figures)
         first.setdefault(point.reference_cell, (point, row))
         row |= ratios(row, first[point.reference_cell][1])
         rows.append(row)
@@ -207,5 +207,5 @@ def write_run(
 
 def resolve_all(sweep, settings: Settings, models: Mapping[str, Loaded], **axes) -> tuple[list[Point], list[Job]]:
     """Return points and jobs of a sweep; arguments as `points.specs`."""
-    found = jobs(specs(sweep, settings, models=list(models), **axes), models)
-    return [p for p, _ in found], [j for _, j in found]
+    pairs = jobs(specs(sweep, settings, models=list(models), **axes), models)
+    return [p for p, _ in pairs], [j for _, j in pairs]

@@ -101,8 +101,8 @@ RATIOS = (
 
 def whole_row(key: str, columns: Mapping[str, Any], status: str, row: Mapping[str, Any] | None) -> Row:
     """Return every column of a point in the schema's order: known values, its status, and its row where there is one."""
-    found = {**columns, **(row or {}), "key": key, "status": status}
-    return {c.name: found.get(c.name) for c in COLUMNS}
+    values = {**columns, **(row or {}), "key": key, "status": status}
+    return {c.name: values.get(c.name) for c in COLUMNS}
 
 
 def ratios(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> Row:

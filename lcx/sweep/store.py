@@ -108,9 +108,9 @@ class Store:
                 raise UserError(
                     f"workdir: {self.path} has schema {version}, this version reads {VERSION}; give another --workdir"
                 )
-            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise UserError(_damaged(self.path, found))
+            verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if verdict != "ok":
+                raise UserError(_damaged(self.path, verdict))
             db.execute(_TABLE)
             db.execute(f"PRAGMA user_version = {VERSION}")
 
@@ -154,15 +154,15 @@ class Store:
         """Claim the next point that nobody has and whose reference has ended, one of `group` first; None: there is none now."""
         with self._open() as db:
             self._free_dead(db)
-            found = db.execute(
+            claimed = db.execute(
                 "SELECT key, spec, grp, reference FROM points AS p WHERE status = 'todo' AND (reference IS NULL OR NOT EXISTS "
                 "(SELECT 1 FROM points AS r WHERE r.key = p.reference AND r.status IN ('todo', 'running'))) "
                 "ORDER BY grp IS NOT ?, place LIMIT 1",
                 (group,),
             ).fetchone()
-            if found is None:
+            if claimed is None:
                 return None
-            key, spec, grp, reference = found
+            key, spec, grp, reference = claimed
             db.execute(
                 "UPDATE points SET status = 'running', owner = ?, host = ?, pid = ?, born = ?, heartbeat = ? WHERE key = ?",
                 (owner.name, owner.host, owner.pid, owner.born, time.time(), key),
@@ -171,11 +171,11 @@ class Store:
 
     @staticmethod
     def _free_dead(db: sqlite3.Connection) -> None:
-        here, now = socket.gethostname(), time.time()
+        own_host, now = socket.gethostname(), time.time()
         for key, host, pid, born, beat in db.execute(
             "SELECT key, host, pid, born, heartbeat FROM points WHERE status = 'running'"
         ).fetchall():
-            if (not _alive(pid, born)) if host == here else (now - beat > STALE_S):
+            if (not _alive(pid, born)) if host == own_host else (now - beat > STALE_S):
                 db.execute("UPDATE points SET status = 'todo', owner = NULL WHERE key = ?", (key,))
 
     def beat(self, owner: Owner) -> None:
@@ -218,22 +218,22 @@ class Store:
     def jobs(self) -> list[Job]:
         """Return all points in their order."""
         with self._open() as db:
-            found = db.execute("SELECT key, spec, grp, reference FROM points ORDER BY place").fetchall()
-        return [Job(key, json.loads(spec), grp, reference) for key, spec, grp, reference in found]
+            stored = db.execute("SELECT key, spec, grp, reference FROM points ORDER BY place").fetchall()
+        return [Job(key, json.loads(spec), grp, reference) for key, spec, grp, reference in stored]
 
     def rows(self) -> dict[str, Row]:
         """Return key -> row of every point that has ended, in the sweep's order."""
         with self._open() as db:
-            found = db.execute("SELECT key, row FROM points WHERE row IS NOT NULL ORDER BY place").fetchall()
-        return {key: json.loads(row) for key, row in found}
+            stored = db.execute("SELECT key, row FROM points WHERE row IS NOT NULL ORDER BY place").fetchall()
+        return {key: json.loads(row) for key, row in stored}
 
     def points(self) -> list[tuple[Job, str, Row | None]]:
         """Return (job, status, row or None) of every point, in the sweep's order."""
         with self._open() as db:
-            found = db.execute("SELECT key, spec, grp, reference, status, row FROM points ORDER BY place").fetchall()
+            stored = db.execute("SELECT key, spec, grp, reference, status, row FROM points ORDER BY place").fetchall()
         return [
             (Job(key, json.loads(spec), grp, reference), status, None if row is None else json.loads(row))
-            for key, spec, grp, reference, status, row in found
+            for key, spec, grp, reference, status, row in stored
         ]
 
 
@@ -253,7 +253,7 @@ def _use_wal(db: sqlite3.Connection) -> None:
 
 def salvage(path: Path) -> list[tuple[Job, str, Row | None]]:
     """Return the readable rows of a damaged store, one by one; nothing is written to it."""
-    found = []
+    readable = []
     db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
     try:
         count = db.execute("SELECT MAX(rowid) FROM points").fetchone()[0] or 0
@@ -268,14 +268,14 @@ def salvage(path: Path) -> list[tuple[Job, str, Row | None]]:
             if got is not None:
                 key, spec, grp, reference, status, row = got
                 row = None if row is None else json.loads(row)
-                found.append((Job(key, json.loads(spec), grp, reference), status, row))
+                readable.append((Job(key, json.loads(spec), grp, reference), status, row))
         except (sqlite3.DatabaseError, ValueError):
             broken += 1
             if broken > 1_000:
                 # not a single page is readable from here on
                 break
     db.close()
-    return found
+    return readable
 
 
 def _damaged(path: Path, what: str) -> str:

@@ -23,13 +23,13 @@ def task_scores(model: Pretrained, point: Point) -> dict[str, Any]:
     its other figures all the same.
     """
     makers = {"ruler": _ruler, "needle": _needle, "passkey": _passkey, "ppl": _ppl, "longppl": _longppl}
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name in point.settings.tasks:
         try:
-            found[name] = makers[name](model, point)
+            figures[name] = makers[name](model, point)
         except UserError as error:
-            found[name] = {"message": str(error)}
-    return found
+            figures[name] = {"message": str(error)}
+    return figures
 
 
 def _run(model: Pretrained, point: Point, samples):

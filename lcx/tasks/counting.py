@@ -59,9 +59,9 @@ def _list_question(order, words: list[str], counts: Counts) -> tuple[str, str]:
 def _cwe(rng, shared, size, plan: CwePlan) -> Draft:
     in_example = plan.example.num_common + plan.num_others
     words = distinct_words(rng, in_example + NUM_COMMON + size)
-    shown, words = words[:in_example], words[in_example:]
-    example, prefix = _list_question(shared, shown, plan.example)
-    answer = " ".join(f"{i + 1}. {word}" for i, word in enumerate(shown[: plan.example.num_common]))
+    worked, words = words[:in_example], words[in_example:]
+    example, prefix = _list_question(shared, worked, plan.example)
+    answer = " ".join(f"{i + 1}. {word}" for i, word in enumerate(worked[: plan.example.num_common]))
     body, last = _list_question(shared, words, plan.counts)
     return Draft(f"{example}\n{prefix} {answer}\n\n{body}", last, tuple(words[:NUM_COMMON]))
 
@@ -84,10 +84,10 @@ def cwe(name: str) -> Form:
 
 def _fwe(rng, shared, size, vocabulary: int) -> Draft:
     letters = string.ascii_lowercase
-    found: dict[str, None] = {}
-    while len(found) < vocabulary:
-        found["".join(letters[i] for i in rng.integers(0, 26, 6))] = None
-    words = [DOTS, *list(found)[1:]]
+    coded: dict[str, None] = {}
+    while len(coded) < vocabulary:
+        coded["".join(letters[i] for i in rng.integers(0, 26, 6))] = None
+    words = [DOTS, *list(coded)[1:]]
     times = [math.floor(size / (ZETA_2 * rank**2)) for rank in range(1, vocabulary + 1)]
     items = [word for word, n in zip(words, times, strict=True) for _ in range(n)]
     text = " ".join(items[i] for i in rng.permutation(len(items)))

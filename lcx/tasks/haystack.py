@@ -61,8 +61,8 @@ def in_lines(rng: np.random.Generator, needles: list[str], lines: list[str]) -> 
 
 def insert(parts: list[str], needles: list[str], slots: list[int]) -> list[str]:
     """Insert each needle before the part of its slot; slots rise."""
-    found = list(parts)
+    result = list(parts)
     # the last first, so that the numbers of the parts before it hold
     for needle, slot in list(zip(needles, slots, strict=True))[::-1]:
-        found.insert(slot, needle)
-    return found
+        result.insert(slot, needle)
+    return result

@@ -57,13 +57,13 @@ def distinct(rng: np.random.Generator, kind: str, count: int) -> list[str]:
     if kind == "word":
         picks = rng.permutation(MOST_KEYS)[:count]
         return [f"{ADJECTIVES[i // len(NOUNS)]}-{NOUNS[i % len(NOUNS)]}" for i in picks]
-    found: dict[str, None] = {}
-    while len(found) < count:
+    values: dict[str, None] = {}
+    while len(values) < count:
         if kind == "number":
-            found[str(int(rng.integers(1_000_000, 10_000_000)))] = None
+            values[str(int(rng.integers(1_000_000, 10_000_000)))] = None
         else:
-            found[str(uuid.UUID(bytes=rng.bytes(16), version=4))] = None
-    return list(found)
+            values[str(uuid.UUID(bytes=rng.bytes(16), version=4))] = None
+    return list(values)
 
 
 def needle(kind: str, key: str, value: str) -> str:

@@ -48,8 +48,8 @@ def score(sample: Sample, output: str) -> float:
     text = re.sub(r"[\x00-\x1f\x7f]", "\n", output).lower()
     references = [reference.lower() for reference in sample.references]
     if sample.match == "first_integer":
-        found = re.search(r"[0-9]+", text)
-        return 100.0 * (found is not None and found.group() in references)
+        number = re.search(r"[0-9]+", text)
+        return 100.0 * (number is not None and number.group() in references)
     if sample.match == "token":
         text = re.sub(r"[^\w\s-]", " ", text)
         return 100.0 * any(reference in text.split() for reference in references)

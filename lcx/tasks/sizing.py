@@ -62,8 +62,8 @@ def counter(encode: Encode) -> Callable[[str], int]:
     call: Callable[[str], Any] = getattr(encode, "encode", encode)
 
     def count(text: str) -> int:
-        found = call(text)
-        return int(found) if isinstance(found, (int, np.integer)) else len(found)
+        result = call(text)
+        return int(result) if isinstance(result, (int, np.integer)) else len(result)
 
     return count
 
@@ -98,12 +98,12 @@ def fit_samples(
     plans = form.plans(budget, count)
     size, samples = None, []
     for fit in fits:
-        found = fit.sample(budget, plans, size)
-        if found is None:
+        fitted = fit.sample(budget, plans, size)
+        if fitted is None:
             raise UserError(
                 f"task={form.task!r}: budget={budget:,} tokens is too small; give at least {_least(fits, budget):,}"
             )
-        sample, used = found
+        sample, used = fitted
         size = used if size is None else size
         samples.append(sample)
     return samples

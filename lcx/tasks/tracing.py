@@ -15,10 +15,10 @@ EXAMPLE_TOKENS = 500
 
 
 def _names(rng: np.random.Generator, length: int) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < NUM_NAMES:
-        found["".join(string.ascii_uppercase[i] for i in rng.integers(0, 26, length))] = None
-    return list(found)
+    names: dict[str, None] = {}
+    while len(names) < NUM_NAMES:
+        names["".join(string.ascii_uppercase[i] for i in rng.integers(0, 26, length))] = None
+    return list(names)
 
 
 def _value(rng: np.random.Generator, other: str = "") -> str:

@@ -56,9 +56,9 @@ def read(name: str) -> str:
         raw = file.read_bytes()
     except OSError as error:
         raise UserError(f"text={name!r}: {file} cannot be read: {error.strerror}; install lcx again") from None
-    found = hashlib.sha256(raw).hexdigest()
-    if found != TEXTS[name].sha256:
-        raise UserError(f"text={name!r}: {file} has sha256 {found}, not {TEXTS[name].sha256}; install lcx again")
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != TEXTS[name].sha256:
+        raise UserError(f"text={name!r}: {file} has sha256 {digest}, not {TEXTS[name].sha256}; install lcx again")
     return decode(raw)
 
 
