@@ -82,7 +82,7 @@ def run(name: str, main: Callable[[], None], takes_arguments: bool = False) -> N
     def guarded(argv: Sequence[str]) -> None:
         _arguments[:] = argv[1:]
         if len(argv) > 1 and not takes_arguments:
-            refuse(name, f"argument {argv[1]!r}; allowed are flags alone, such as --model=smollm2-135m")
+            refuse(name, f"argument {argv[1]!r}; allowed are only flags, such as --model=smollm2-135m")
         # absl shows INFO unless told otherwise: JAX's search for other backends and matplotlib's for fonts
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
@@ -91,7 +91,7 @@ def run(name: str, main: Callable[[], None], takes_arguments: bool = False) -> N
         except UserError as error:
             refuse(name, str(error))
         except BrokenPipeError:
-            # the reader of a pipe has gone; what was finished is on disk
+            # the reader of a pipe has gone; finished work is on disk
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
 
@@ -99,7 +99,7 @@ def run(name: str, main: Callable[[], None], takes_arguments: bool = False) -> N
 
 
 def refuse(name: str, problem: str) -> None:
-    # what came from outside must not steer the terminal
+    # text from outside must not steer the terminal
     print(f"{name}: {visible(' '.join(problem.split()), 4_000)}", file=sys.stderr)
     sys.exit(2)
 

@@ -14,7 +14,7 @@ from experiments import cli
 from lcx.errors import UserError
 
 FLAGS = flags.FLAGS
-MOST_LINES = 20  # of cells in one sweep alone
+MOST_LINES = 20  # of cells in only one sweep
 STYLES = {"regression": "bold red", "better": "green"}
 SHOWN = (
     ("status", "status"),

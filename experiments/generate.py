@@ -17,7 +17,7 @@ def define_flags() -> None:
     cli.define_flags("configs/dense.py")
     flags.DEFINE_string("prompt", None, "What the model continues.")
     flags.DEFINE_string("prompt_file", None, "A UTF-8 text as the prompt.")
-    flags.DEFINE_integer("prompt_tokens", None, "Only so many tokens of the prompt.", lower_bound=1)
+    flags.DEFINE_integer("prompt_tokens", None, "Only this number of tokens of the prompt.", lower_bound=1)
     flags.DEFINE_integer("num_tokens", 64, "New tokens at most.", lower_bound=1)
     flags.DEFINE_enum("draft", None, ["lookup"], "Draft tokens by prompt lookup and check them in one step.")
     flags.DEFINE_integer("draft_tokens", 10, "Tokens drafted at most.", lower_bound=1)

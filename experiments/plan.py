@@ -1,6 +1,6 @@
 """`python -m experiments.plan --model=llama3-8b --config=configs/dense.py --device=h200`: memory and times of what is not run.
 
-Programs are compiled for the device from shapes alone; no weights, no GPU.
+Programs are compiled for the device from shapes; no weights, no GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from absl import flags
 from experiments import cli
 from lcx.errors import UserError
 
-# a plan asks for programs that do not fit, and XLA says so for each
+# a plan compiles programs that do not fit, and XLA logs each of them
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 FLAGS = flags.FLAGS
@@ -41,7 +41,9 @@ def define_flags() -> None:
     )
     number("budget", None, "Tokens kept per KV head by methods that have a budget.", lower_bound=1)
     flags.DEFINE_float("keep_ratio", None, "The budget as a fraction of the prompt, above 0 and at most 1.")
-    number("reserve_mib", 1_024, "MiB of a device left alone: CUDA context, cuBLAS, fragmentation.", lower_bound=0)
+    number(
+        "reserve_mib", 1_024, "MiB of a device that stay unused: CUDA context, cuBLAS, fragmentation.", lower_bound=0
+    )
     text(
         "implementation",
         None,
@@ -113,7 +115,7 @@ def _out(name: str, suffixes: tuple[str, ...]) -> Path | None:
     path = Path(value)
     if path.suffix not in suffixes or not path.parent.is_dir():
         raise UserError(
-            f"{name}={value!r}: allowed is a file ending in {' or '.join(suffixes)} in a folder that is there"
+            f"{name}={value!r}: allowed is a file ending in {' or '.join(suffixes)} in a folder that exists"
         )
     cli.check_writable(name, path)
     return path

@@ -26,7 +26,7 @@ LARGE = 1 << 20  # a budget above every sink and observation window
 # one dict a layer: {"heads": {name: int [R]}, "arrays": {name: array}}
 Aux = Sequence[dict[str, Any]]
 
-# what a part may need from the others of its chain, in the words of an error
+# facts that a part may need from the others of its chain, in the words of an error
 FACTS = {
     "ordered": "slots that are filled in the order of the text",
     "single tokens": "slots that are written one by one, not in pages",
@@ -110,7 +110,7 @@ class Pattern(Part):
 
     visits: ClassVar[tuple[str, ...]] = ()  # "held", "own": the keys for which `visit` lists pages
     one_shot: ClassVar[bool] = False  # prefill needs the whole prompt in one step
-    step_multiple: int = 1  # prefill steps begin at multiples of so many tokens
+    step_multiple: int = 1  # prefill steps begin at multiples of this number of tokens
     turns: ClassVar[bool] = False  # rotates by `rope_pos`, so that segments hold keys before RoPE
 
     def mask(self, ctx) -> Mask | None:
@@ -245,7 +245,7 @@ class Codec(Part):
         return None
 
     def at_limit(self, tokens):
-        # what is rounded has no setting at which it is not
+        # a codec that rounds has no setting at which it does not
         return RawExact() if self.raw else Exact()
 
     def check(self, size: Size) -> None:

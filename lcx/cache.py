@@ -101,7 +101,7 @@ class LayerCache:
 
     Attributes:
       segments: name -> Slots.
-      probe: the last queries of the prompt, {"q": [B,K,G,W,D], "pos": [B,W]} and "q_raw" where it is asked for; None after the prompt.
+      probe: the last queries of the prompt, {"q": [B,K,G,W,D], "pos": [B,W]} and "q_raw" where it is requested; None after the prompt.
     """
 
     segments: dict[str, Slots]

@@ -128,6 +128,6 @@ class Ctx:
 def last_places(pos: jax.Array, count: int) -> jax.Array:
     """Return int32 [B,count]: places of the last `count` valid tokens of each row; rows with fewer begin with padding."""
     if count > pos.shape[-1]:
-        raise ValueError(f"{count} queries wanted of {pos.shape[-1]}")
+        raise ValueError(f"count={count} places of a step with {pos.shape[-1]} tokens; ask for at most that number")
     order = jnp.argsort(pos != EMPTY, axis=-1, stable=True)
     return order[:, order.shape[1] - count :]

@@ -266,7 +266,7 @@ def update_probe(probe: dict[str, jax.Array], ctx: Ctx) -> dict[str, jax.Array]:
     return result
 
 
-# ---- both
+# ---- a whole layer
 
 
 def attention(
@@ -277,7 +277,7 @@ def attention(
     Args:
       ctx: all KV heads of the layer.
       recipe: of this phase and layer (`Recipe.at`), static.
-      cache: of this layer; None: no memory, the step's own tokens alone.
+      cache: of this layer; None: no memory, only the step's own tokens.
       heads: the KV heads of named segments.
       order: "attend" reads what is held and the step's own tokens, then writes; "write" writes first and reads every token as it is
         stored.
@@ -344,7 +344,7 @@ def repack(
             result |= {s.name: empty[s.name] for s in chain}
             continue
         whole = ctx.heads(index)
-        # the probe votes with what it saw
+        # the probe votes with the keys that it saw
         before = open_chain(whole, old_chain, old_recipe.pattern, cache.segments)
         held = before.held(cache.segments)[old_chain[0].name]
         kept = _choose(compress, before.ctx.for_part(chain[0].name, "compress"), held, widths[chain[0].name])

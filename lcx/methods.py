@@ -16,7 +16,7 @@ from lcx.experiment import Experiment
 from lcx.model_config import ModelConfig
 
 AXES = {"compress": "policy (end of prompt)"}
-# sizes that declared arrays are shown for
+# a card prints the shapes of arrays for these sizes
 SHAPE = ModelConfig("smollm2-135m", 30, 576, 9, 3, 64, 1_536, 49_152, 8_192)
 
 

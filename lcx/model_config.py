@@ -72,7 +72,7 @@ class ModelConfig:
     embed_scale: float = 1.0  # Gemma: sqrt(d_model)
     attention_scale: float | None = None  # None: head_dim ** -0.5
     window: int | None = (
-        None  # tokens that a local layer sees, the current one included; alone: of every layer (Mistral)
+        None  # tokens that a local layer sees, the current one included; without local layers: of every layer (Mistral)
     )
     global_every: int | None = None  # layer i (from 0) is global when (i + 1) % global_every == 0 (Gemma 3)
     local_layers: tuple[bool, ...] | None = None  # or one entry a layer (Qwen2, Qwen3)

@@ -179,7 +179,7 @@ class Recipe:
             for name, array in part.arrays(model).items():
                 if declared.setdefault(name, array) != array:
                     raise UserError(
-                        f"array {name!r}: {type(part).__name__} declares {array}, another part {declared[name]}"
+                        f"array {name!r}: {type(part).__name__} declares {array}, another part {declared[name]}; declare it once"
                     )
         return declared
 

@@ -106,5 +106,5 @@ def check_chain(chain: Chain, pattern: Pattern) -> None:
             for other in stances:
                 for fact in sorted(one.needs & other.lacks):
                     raise UserError(
-                        f"{one.name} needs {FACTS[fact]}, which {other.name} does not leave; take one of the two"
+                        f"{one.name} needs {FACTS[fact]}, which {other.name} does not leave; choose one of the two"
                     )

@@ -149,7 +149,7 @@ def _call(q, k, v, data: Data, listed, mask: Mask, scale, out_dtype, T, tile: At
             def fill(step, code):
                 slot = lax.rem(step, stages)
                 keys = pl.ds(_start(code, size), size)
-                # asked for before the waits: a list lies in global memory
+                # loaded before the waits: a list lies in global memory
                 following = entry(step + 1)
 
                 @pl.when(step >= stages)

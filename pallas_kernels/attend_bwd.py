@@ -375,7 +375,7 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, T, t
         thread_name="wg",
         scratch_types=(
             plgpu.SMEM((2, D, HALF), q.dtype, transforms=operand),
-            # read for dk alone; the results leave through it
+            # read only for dk; the results leave through it
             plgpu.SMEM((2, HALF, D if "k" in want else 64), q.dtype, transforms=operand),
             plgpu.SMEM((stages, rows, D), q.dtype, transforms=operand),
             plgpu.SMEM((stages, rows, D), q.dtype, transforms=operand),

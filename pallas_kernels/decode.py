@@ -92,7 +92,7 @@ def decode(
     rows = jnp.pad(rows, ((0, 0), (0, N - G * T), (0, pages.head_dim - D)))
     plan = plan_pieces(length, R, n, splits, tile)
     out, lse = _call(rows, pages, table.reshape(R, n), plan, scale, T, tile)
-    # cut before they are merged: another program would cut the result
+    # padding is cut before the merge: another program would cut the result
     out, lse = merge_pieces(out[:, :, :D, : G * T], lse[:, :, : G * T], plan, R)
     out = rearrange(out, "(B K) D (G T) -> B K G T D", K=K, T=T)
     return Partial(out, rearrange(lse, "(B K) (G T) -> B K G T", K=K, T=T))
@@ -155,13 +155,13 @@ def _call(q, pages: Pages, table, plan: Plan, scale, T, tile: DecodeTile):
                 plgpu.copy_gmem_to_smem(q_ref.at[row], b_smem, q_ready)
 
             def numbers(step):
-                # behind the last page of the piece: that page again, which is hidden
+                # behind the last page of the piece that page is read again, hidden
                 last = jnp.maximum(stop - 1, 0)
                 return [table_ref[row, jnp.minimum(first + step * P + j, last)] for j in range(P)]
 
             def fill(step, page):
                 slot = lax.rem(step, stages)
-                # asked for before the wait: the table lies in global memory
+                # loaded before the wait: the table lies in global memory
                 following = numbers(step + 1)
 
                 @pl.when(step >= stages)
@@ -303,7 +303,7 @@ def _call(q, pages: Pages, table, plan: Plan, scale, T, tile: DecodeTile):
             carry = (
                 tuple(empty(64, N) for _ in halves),
                 plgpu.layout_cast(jnp.full((N,), HIDDEN, jnp.float32), COLUMN),
-                # of p, and of p * v_zero
+                # sums of p, and of p * v_zero
                 [none, none] if "v_zero" in rows else [none],
             )
             accs, m, sums = lax.fori_loop(0, turns, one_slot, carry)

@@ -82,7 +82,7 @@ def prepare(mask: Mask, shape, S: int, *, q_offset, kv_len, q_pos, kv_pos, segme
     B, K, _, T, _ = shape
     if mask.positions and not (kv_len is None and isinstance(q_offset, int) and q_offset == 0):
         raise UserError(
-            "q_offset or kv_len with mask.positions=True: allowed are q_pos and kv_pos alone, EMPTY where there is nothing"
+            "q_offset or kv_len with mask.positions=True: allowed are only q_pos and kv_pos, EMPTY where there is no token"
         )
     kv_shapes = [(B, S), (B, 1, S), (B, K, S)]
     q_pos, kv_pos = _pair("q_pos, kv_pos", "positions", (q_pos, kv_pos), mask.positions, [(B, T)], kv_shapes)

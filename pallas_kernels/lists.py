@@ -21,8 +21,8 @@ class BlockList:
     """Tiles of ROWS queries x SIZE keys to visit, for each tile of queries.
 
     Attributes:
-      index: int32 [B or 1, H or K or 1, Q, M], numbers of the key tiles, each at most once; entries from `count` on mean nothing.
-      count: int32 [B or 1, H or K or 1, Q], how many of the M are meant.
+      index: int32 [B or 1, H or K or 1, Q, M], numbers of the key tiles, each at most once; entries from `count` on are ignored.
+      count: int32 [B or 1, H or K or 1, Q], number of valid entries; the remaining ones are ignored.
       flags: int8, as `index`: MASKED or FULL.
     """
 
@@ -147,7 +147,7 @@ def from_blocks(
 def to_blocks(blocks: BlockList, N: int):
     """Return (bool [b,h,Q,N] visited, bool [b,h,Q,N] full)."""
     listed = jnp.arange(blocks.index.shape[-1]) < blocks.count[..., None]
-    # entries that mean nothing go to a tile behind the last, which is dropped
+    # ignored entries go to a tile behind the last, which is dropped
     tiles = jnp.where(listed, blocks.index, N)
     empty = jnp.zeros((*blocks.index.shape[:-1], N), bool)
     put = jax.vmap(jax.vmap(jax.vmap(lambda row, at, what: row.at[at].set(what, mode="drop"))))

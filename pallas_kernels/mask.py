@@ -38,7 +38,7 @@ class Mask:
 
     Attributes:
       causal: keys at the query's position or before it.
-      window: the most recent tokens alone, the query's own included; None: all.  Needs `causal`.
+      window: only the most recent tokens, the query's own included; None: all.  Needs `causal`.
       sink: first tokens of the text that stay visible beside the window.
       spans: the window is data, one for each KV head (int32 [K] or [B,K], tokens); a head that keeps all takes a number above every length.
       segments: only keys of the query's own segment (int32 [B,T] and [B,S]).

@@ -189,7 +189,7 @@ def write_pages(k: jax.Array, v: jax.Array, valid: jax.Array, payload: Payload) 
     D = k.shape[2]
     head_dim = stored_head_dim(D)
     k, v = (jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 0), (0, head_dim - D))) for x in (k, v))
-    # channels that only fill up the page must not widen a token's range
+    # padding channels must not widen a token's range
     valid = valid[..., None] & (jnp.arange(head_dim) < D)
     k, v = (jnp.where(valid, x, 0.0) for x in (k, v))
     if payload.exact:
@@ -238,7 +238,7 @@ def _encode(x, valid, axis: int, payload: Payload):
     """Return the codes of x [pages, 64, D], and their float16 scale and zero over `axis`, which they keep with size 1."""
     low = jnp.min(jnp.where(valid, x, jnp.inf), axis, keepdims=True)
     high = jnp.max(jnp.where(valid, x, -jnp.inf), axis, keepdims=True)
-    # what holds no token has no range
+    # a place without a token has no range
     low, high = (jnp.where(jnp.any(valid, axis, keepdims=True), y, 0.0) for y in (low, high))
     top = float(jnp.finfo(jnp.float16).max)
     zero = jnp.clip(low, -top, top).astype(jnp.float16)

@@ -20,7 +20,7 @@ class Plan(NamedTuple):
     Attributes:
       piece: int32 [4, I], row, first page, the page behind the last, and tokens of the row; an empty piece has first == last.
       index: int32 [R, X], pieces of each row; None where each row has the same number of neighbouring ones.
-      listed: bool [R, X], which entries of `index` are meant.
+      listed: bool [R, X], which entries of `index` are valid.
     """
 
     piece: jax.Array
@@ -60,7 +60,7 @@ def plan_pieces(length: jax.Array, R: int, n: int, splits: int | None, tile: Dec
     end = jnp.cumsum(count)
     number = jnp.arange(I)
     row = jnp.minimum(jnp.sum(end <= number[:, None], 1), R - 1)
-    # those behind the last piece are empty
+    # pieces behind the last one are empty
     i = jnp.where(number < end[-1], number - (end - count)[row], count[row])
     index = jnp.minimum((end - count)[:, None] + jnp.arange(X), I - 1)
     return Plan(_pieces(row, i, size[row], steps[row], length[row], tile), index, jnp.arange(X) < count[:, None])

@@ -160,7 +160,7 @@ def _products(a, bs, limit, scale: float, tile: ScoreTile, *, group: int | None 
     Args:
       a: [Z,R,C]; bs: each [Zb,Cb,N], Z a multiple of Zb; C the sum of the Cb in whole slices.
       limit: int32 [B, tiles of rows], columns that the rows of a tile see; of the others nothing is written.
-      group: None: products alone.  A number: sums of exp2 over so many successive columns, rows and columns being steps of a text: row r
+      group: None: only products.  A number: sums of exp2 over this many successive columns, rows and columns being steps of a text: row r
         sees columns up to `first` + r, int32 [B].
 
     Returns:

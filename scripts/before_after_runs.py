@@ -61,7 +61,7 @@ def layer_programs(experiment: Experiment, model, tokens: int, dtype, device: st
             yield f"{part.name}, layer {part.layer}", report
 
 
-# what is run
+# configs and their sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelConfig("tiny", 3, 48, 6, 2, 32, 40, 97, 512)  # head_dim suits groups of 32

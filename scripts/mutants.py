@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put each seeded fault of tests/mutants/ into a copy of the tree, alone, and say which ones the tests let live.
+"""Put each seeded fault of tests/mutants/ by itself into a copy of the tree, and report the ones that the tests let live.
 
 Exit status: 0 when every fault fails a test, 1 when one lives or cannot be judged, 2 when there was nothing sound to judge.
 """

@@ -105,7 +105,7 @@ def prefill(model, ids, press=None):
 
 def explicit_mask(num_kept, T=CONTINUATION):
     """Return float32 [1, 1, T, num_kept + T], added to the logits: all kept keys, and the T new ones causally."""
-    # not bool: eager attention would add it
+    # a bool mask would be added by eager attention
     visible = torch.cat([torch.ones(T, num_kept, dtype=torch.bool), torch.ones(T, T, dtype=torch.bool).tril()], dim=1)
     return torch.zeros(T, num_kept + T).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
 

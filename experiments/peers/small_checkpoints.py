@@ -1,4 +1,4 @@
-"""Small random checkpoints whose logits transformers computes once: config.json of each, and its weights from numpy alone.
+"""Small random checkpoints whose logits transformers computes once: config.json of each, and its weights from numpy.
 
 `families_reference.py` (torch, transformers) and tests/test_families.py (lcx) both build them from here.
 """

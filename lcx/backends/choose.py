@@ -130,9 +130,7 @@ def attend_visits(
         if implementation == "pallas":
             raise UserError(f"implementation='pallas': {why}")
     if implementation == "cudnn" and not source.held:
-        raise UserError(
-            "implementation='cudnn': it reads this step's own tokens whole; the pattern lists pages of them"
-        )
+        raise UserError("implementation='cudnn' cannot attend this step's own tokens by page list; use 'auto' or 'xla'")
     return visits.attend_visits(q, source, q_pos, visit, scale=scale, mask=mask)
 
 

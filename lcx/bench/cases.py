@@ -39,7 +39,7 @@ class Case:
       tokens: keys; of prefill queries too.
       head_dim, heads, kv_heads, batch: shapes.
       density: share of the causal tiles that a list holds; None: no list.
-      window, sink: of the mask, None and 0: causal alone.
+      window, sink: of the mask, None and 0: only causal.
       queries: T; None: 1 in decode and minmax, 64 in a probe, all tokens else.  They are the last ones.
       payload, by: of the pages of "decode", see `payloads.Payload`.
       stride: of "antidiagonal".
@@ -213,7 +213,7 @@ def error(got, want) -> float:
 
 SMALL = {"heads": 4, "kv_heads": 2}
 WIDE = {"heads": 8, "kv_heads": 1}  # GQA 8
-# what is checked before anything is timed; on a CPU interpreted, so few tiles
+# checks that run before anything is timed; on a CPU they are interpreted, so they have few tiles
 CHECKS = (
     Case("forward", 256, **SMALL),
     *(Case("forward", 256, D, heads=2, kv_heads=1) for D in (64, 256)),

@@ -1,4 +1,4 @@
-"""Compile a kernel for the H200, which is not there, and read what ptxas says about it."""
+"""Compile a kernel for the H200, which need not be installed, and read the report of ptxas."""
 
 import os
 import re

@@ -51,7 +51,7 @@ def arrays(case: Case, sets: int, seed: int = 0):
         keys = jax.random.split(key, 5)
         scales = pages.scales
         if scales is not None:
-            # of codes of up to 448
+            # for codes of up to 448
             scales = jax.random.uniform(keys[3], scales.shape, jnp.float32, 0.5, 1.0) / 64
             scales = scales.astype(jnp.float16)
         order = jax.random.permutation(keys[4], tables.size).astype(jnp.int32)

@@ -13,7 +13,7 @@ GOALS = (
     ("forward", 256, 16_384, 0.95),
     ("backward", 128, 4_096, 0.85),
 )
-GRADIENT_256 = 1.3  # of tokamax alone
+GRADIENT_256 = 1.3  # only of tokamax
 SPARSE = 0.85  # of the dense kernel's rate, on the tiles that are computed
 DECODE = {"bf16": 0.88, "fp8": 0.80, "int4": 0.70, "int2": 0.50}  # of the copy bandwidth of the same run
 FASTER = {"int4": 2.7, "int2": 3.8}  # times our bf16, at LONG tokens

@@ -58,7 +58,7 @@ def _io_callback(interpreter, eqn, function, token, *args, result=_TOKEN, **stat
     )
 
 
-# wgmma: A in registers, and race checks on what it reads
+# wgmma: A in registers, and race checks on its reads
 
 
 def _wgmma_clock(shared, thread):

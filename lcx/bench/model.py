@@ -9,7 +9,7 @@ but its attention: norms, products, gate.  Parts that depend on the chunk are me
 them.  RoPE, the embedding, and the head for the last token are left out.
 
 A decode step over 4,194,304 tokens, half of the KV heads full and in int4, half streaming (64 sinks, 256 recent) in bfloat16; scales of K
-by token (73.0 GB in all), as those by channel would take 75.2 GB:
+by token (73.0 GB in total), as those by channel would take 75.2 GB:
 
     milliseconds = layers * (full heads + streaming heads + layer) + head
 """
@@ -134,7 +134,7 @@ def _prefill(part: str, i: int) -> Row:
         return attend(q, k, v, scale=scale, blocks=blocks, q_offset=offset, out_dtype=bf16)
 
     def make():
-        # of random scores, so that a row has as many tiles as a real one
+        # from random scores, so that a row has as many tiles as a real one
         return *filled((q, k, v)), jax.jit(lambda s: listed(choose(s, offset)))(*filled((scores,)))
 
     if part == "index":

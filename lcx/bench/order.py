@@ -21,7 +21,7 @@ def timed_cases() -> tuple[list[Case], list[Case]]:
     scores += [Case("probe", 131_072), Case("minmax", 131_072)]
     first = [*dense, *sparse[:1], *decode[:1], *quantised[:3], *backward[:1], *long, *scores]
     others = [*decode[1:], *quantised[3:], Case("decode_slots", 131_072), *sparse[1:], *backward[1:]]
-    # twice, to see what the card did meanwhile
+    # these two run twice, to see the card's drift in between
     return first, [*others, dense[0], decode[0]]
 
 

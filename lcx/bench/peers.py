@@ -25,7 +25,7 @@ def timers(case: Case, ours: tuple[Any, ...]) -> Iterator[tuple[str, Callable[[]
       case: a row.
       ours: arguments of our program, of which q, k and v are taken where they are that.
     """
-    # plain arrays through lcx have the peers of the row of pages beside them
+    # the peers of plain arrays through lcx are those of the row of pages
     if case.kernel in (*SCORES, "decode_slots"):
         return
     # a decode row has pages; its peers read plain arrays
@@ -90,7 +90,7 @@ def _cudnn(case: Case, args) -> Timed:
 def _fa3(case: Case, args) -> Timed:
     _plain(case)
     if case.head_dim != 128:
-        raise Absent("its wheel serves head_dim 128 alone")
+        raise Absent("its wheel serves only head_dim 128")
     module = _need("flash_attn3_jax")
     run = lambda q, k, v: module.flash_mha(q, k, v, softmax_scale=case.head_dim**-0.5, is_causal=True)
     return jax_timer(_maybe_gradient(case, run), _tokens_first(args))
@@ -119,7 +119,7 @@ def _fa3_decode(case: Case, pool: Callable, splits: int, page: int) -> Timed:
 
     _plain(case)
     if case.head_dim != 128:
-        raise Absent("its wheel serves head_dim 128 alone")
+        raise Absent("its wheel serves only head_dim 128")
     attend = _need("flash_attn3_jax").flash_mha_with_kvcache
     q, k, v, tables = pool()
     length = jnp.full((case.batch,), case.tokens, jnp.int32)

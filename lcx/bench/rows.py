@@ -84,7 +84,7 @@ def row_of(case: Case) -> Row:
 def check_of(case: Case, on_gpu: bool) -> Check:
     """Return the check of a case."""
     if case.kernel == "decode":
-        # interpreted, each of as many pieces as fill a GPU would take its time
+        # in the interpreter, as many pieces as fill a GPU would take too long
         attend = decode.program(case, None if on_gpu else 2)
         one = lambda q, pages, table, length: attend(q, pages, table[None], length[None])[0]
         shapes = lambda: decode.abstract_small(case)
@@ -102,7 +102,7 @@ def _abstract(case: Case) -> tuple[Any, ...]:
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in case.shapes]
     if case.density is None:
         return (*shapes, None)
-    # as wide as a random row is at most, near enough: the width changes no instruction
+    # about the width of the widest random row: the width changes no instruction
     width = max(1, int(1.5 * case.density * case.tokens / SIZE))
     return (*shapes, abstract_list((1, case.heads, -(-case.T // ROWS), width)))
 

@@ -60,7 +60,7 @@ def versions() -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "python": sys.version.split()[0],
-        # what a kernel spills depends on it
+        # the spills of a kernel depend on it
         "ptxas": metadata.version("nvidia-cuda-nvcc") if wheel_compiler() else "not of the wheels",
         "commit": git("rev-parse", "--short", "HEAD") or "no checkout",
         "dirty": bool(git("status", "--porcelain")),
@@ -90,7 +90,7 @@ def error_of(case: Case, on_gpu: bool) -> float:
     """Return the error of a case's kernel against its reference."""
     execute: Callable = jax.jit
     if not on_gpu:
-        # it reaches into JAX's interpreter, which a GPU does without
+        # the import reaches into JAX's interpreter, which a GPU does without
         from lcx.bench.interpret import interpreted as execute
     one = programs.check_of(case, on_gpu)
     args = one.make()
@@ -114,7 +114,7 @@ def add_composed(rows: Rows, timed: list[dict[str, Any]], only: str = "") -> Non
 
 
 def compile_rows(rows: Rows, only: str = "") -> None:
-    """Compile for the H200, from shapes alone, what a GPU would run: every check at its sizes there, and every timed row."""
+    """Compile for the H200, from shapes, the programs that a GPU would run: every check at its sizes there, and every timed row."""
     target = gpu_target("h200")
     # without the compiler nothing is tried
     compile_device(target)
@@ -122,7 +122,7 @@ def compile_rows(rows: Rows, only: str = "") -> None:
     makers |= {row.name: partial(lambda row: row, row) for row in selected(order.timed_rows(), only)}
     for name, make in makers.items():
         start = time.perf_counter()
-        # all that do not compile are named at once
+        # every row that does not compile is named at once
         try:
             one = make()
             plan = compile_for(target, jax.jit(one.program), one.abstract()).memory_analysis()
@@ -175,7 +175,7 @@ def time_row(row, copy: float, flops: float) -> dict[str, Any]:
     args, case = row.make(), row.case
     timed, absent = {"ours": timing.repeated(timing.jax_timer(row.program, args), row.calls)}, {}
     for name, make in peers.timers(case, args) if case else ():
-        # whatever a peer raises is told in its place; ours is measured all the same
+        # the error of a peer stands in its place; ours is measured all the same
         try:
             timed[name] = make()
         except peers.Absent as error:
@@ -216,7 +216,7 @@ def run(out: Path, *, dry_run: bool, only: str = "", limit_s: float = 570.0) -> 
     if dry_run:
         os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
     if not out.parent.is_dir():
-        raise UserError(f"out={str(out)!r}: its folder is not there")
+        raise UserError(f"out={str(out)!r}: its folder does not exist")
     on_gpu = jax.default_backend() == "gpu"
     if not on_gpu and not dry_run:
         raise UserError("no GPU here; --dry_run compiles for the H200 and checks in interpret mode")

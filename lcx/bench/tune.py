@@ -103,7 +103,7 @@ def with_entry(source: str, name: str, key: Any, tile: Any, part: int | None = N
     node = entries[0]
     if part is not None and isinstance(node, ast.Tuple):
         node = node.elts[part]
-    # what is as by default is left out
+    # fields with their default are left out
     settings = ", ".join(
         f"{f.name}={getattr(tile, f.name)!r}" for f in fields(tile) if getattr(tile, f.name) != f.default
     )
@@ -134,13 +134,13 @@ def tune(kernel: str, head_dim: int, *, payload: str = "bf16", rows: int = 8, wr
       kernel: a name of CHOICES.
       head_dim: which entry of its table.
       payload, rows: of decode's, rows one of ROWS.
-      write: change pallas_kernels/tables.py; else the fastest is printed alone.
+      write: change pallas_kernels/tables.py; else the fastest is only printed.
       dry_run: no GPU: compile for the H200, measure nothing.
 
     Raises:
       UserError: no such entry, no GPU and no dry run, or a dry run that should write.
     """
-    # on a GPU too: what a kernel spills depends on the compiler
+    # on a GPU too: the spills of a kernel depend on the compiler
     wheel_compiler()
     name, entries = table(kernel, payload, rows)
     if head_dim not in entries:
@@ -148,7 +148,7 @@ def tune(kernel: str, head_dim: int, *, payload: str = "bf16", rows: int = 8, wr
     if not dry_run and jax.default_backend() != "gpu":
         raise UserError("no GPU here; --dry_run compiles every candidate for the H200")
     if dry_run and write:
-        raise UserError("write: a dry run measures nothing that could be written")
+        raise UserError("write: a dry run measures nothing that could be written; leave --write or --dry_run out")
     if dry_run:
         # without the compiler nothing is tried
         compile_device(gpu_target("h200"))

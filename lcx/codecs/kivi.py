@@ -72,7 +72,7 @@ class Kivi(Codec):
     def encode(self, ctx, tokens, pick):
         g, v = self.group_size, tokens.v
         k = rearrange(tokens.k.astype(jnp.float32), "B R (p g) D -> B R D p g", g=g)
-        # a place without a token must not widen its group's range
+        # a place without a token must not widen the range of its group
         valid = rearrange(tokens.pos != EMPTY, "B R (p g) -> B R 1 p g", g=g)
         some = jnp.any(valid, -1)
         low = jnp.where(some, jnp.min(jnp.where(valid, k, jnp.inf), -1), 0.0)

@@ -24,7 +24,7 @@ class Paged(Codec):
 
     No paper's own: the quantiser is KIVI's, Liu et al. 2024, arXiv:2402.02750, section 3.2 (asymmetric, keys after RoPE per channel,
     values per token), with a page for the group of keys and a whole head for that of values; `by="token"` is `Int`'s.  float16 scales
-    and zero points (fp8: scales alone).  At D = 128, bits a value: int4 4.375 by channel, 4.25 by token.
+    and zero points (fp8: only scales).  At D = 128, bits a value: int4 4.375 by channel, 4.25 by token.
 
     On Hopper a step of at most 128 query rows a KV head goes through `pallas_kernels.decode`, which rounds queries and probabilities to
     float16; everything else is decoded by XLA.  Its segment follows one that holds the newest tokens exactly: see `chain`.

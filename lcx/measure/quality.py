@@ -18,7 +18,7 @@ from lcx.models.decoder import Layers
 from lcx.recipe import Recipe
 from lcx.session import Session
 
-ROWS = 256  # logits of so many tokens at a time: 50 MB for a vocabulary of 49,152
+ROWS = 256  # tokens whose logits exist at a time: 50 MB for a vocabulary of 49,152
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def _answer(model: Pretrained, session: Session, prompts: list[list[int]], answe
             answer.add(int(token))
         if all(answer.ended for answer in answers):
             return
-        # rows that have ended go on and are not looked at
+        # rows that have ended go on and are ignored
         logits = session.step(best[:, None])
 
 

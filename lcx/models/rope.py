@@ -44,7 +44,7 @@ def rotate(x: jax.Array, pos: jax.Array, inverse: np.ndarray, axis: int = -1, sc
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if scale != 1.0:
         cos, sin = cos * scale, sin * scale
-    # without the barrier XLA:CPU computes both again for every head
+    # without the barrier XLA:CPU computes cos and sin again for every head
     cos, sin = jax.lax.optimization_barrier((cos, sin))
     half = len(inverse)
     low, high, *rest = jnp.split(x.astype(jnp.float32), [half, 2 * half][: 1 + (2 * half < x.shape[axis])], axis=axis)

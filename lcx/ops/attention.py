@@ -1,8 +1,8 @@
 """Attention over some keys, and the exact union of such parts.
 
 Every method ends here.  A `Source` says how to read a tile of keys and values and where its tokens stand in the text; `attend` walks
-tiles of queries and keys with a running maximum and sum; `merge` joins parts; `mass` sums probabilities by key.  Masks talk about
-positions alone: causality and validity (`pos != EMPTY`, `kv_pos <= q_pos`) are applied here and nowhere else.
+tiles of queries and keys with a running maximum and sum; `merge` joins parts; `mass` sums probabilities by key.  Masks talk only
+about positions: causality and validity (`pos != EMPTY`, `kv_pos <= q_pos`) are applied here and nowhere else.
 """
 
 from __future__ import annotations

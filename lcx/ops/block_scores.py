@@ -125,7 +125,7 @@ def score_probe(
       scale: factor on the logits, positive.
       q_offset: int32 [B] or one number.
       kv_len: int32 [B] or one number, keys in use, at most S; None: S.
-      window: the most recent tokens alone, the query's own included; None: all.
+      window: only the most recent tokens, the query's own included; None: all.
 
     Returns:
       (columns, diagonals), float32 [B,K,G,S] both: by position of the key, and by distance from the query.

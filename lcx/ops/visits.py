@@ -103,7 +103,7 @@ def attend_visits(
     """
     B, R, G, T, D = q.shape
     if source.gather is None:
-        raise ValueError("this source has no `gather`: pages cannot be read")
+        raise ValueError("this source has no `gather`, so its pages cannot be read; give the Source one")
     visit.check(T)
     gather, size, S = source.gather, visit.size, source.pos.shape[-1]
     n_q, width = min(visit.rows, T), visit.width

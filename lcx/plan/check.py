@@ -84,7 +84,7 @@ def check(
     if experiment.recipe.has_budget:
         experiment = experiment.with_budget(length, settings["budget"], settings["keep_ratio"])
     new_tokens, dtype, batch = (settings[name] for name in ("new_tokens", "dtype", "batch"))
-    # the machine's own device, whatever it is: its memory is not asked about
+    # the machine's own device, whatever its kind; its memory is not read
     local = Device("this machine", None, 1, 1 << 62)
     row = estimate(config, experiment, length, new_tokens, dtype, local, batch)
     measured, source = measured_peak(config, experiment, length, new_tokens, jnp.dtype(dtype), batch)

@@ -41,7 +41,7 @@ def device(name: str) -> Device:
     if kind == CPU and count == 1:
         memory = machine_bytes()
         if memory is None:
-            raise UserError("device='cpu': this system does not say how much memory it has; take a GPU target")
+            raise UserError("device='cpu': this system does not report its memory; choose a GPU target")
         return Device(name, None, 1, memory)
     if kind not in TARGETS:
         allowed = (CPU, *TARGETS)

@@ -130,7 +130,7 @@ def timeline(setting: Setting, experiment: Experiment, length: int, aux: Aux | N
     held = moments[-1].cache_bytes
     alive: dict[tuple[str, int], int] = {}
     for phase, layer, size in moments:
-        # layers of one kind share a program; it is planned where most is alive
+        # layers of one kind share a program; it is planned at the layer with the most memory alive
         alive[phase, _kind(session, phase, layer)] = max(size, alive.get((phase, _kind(session, phase, layer)), 0))
     parts = []
     width = experiment.schedule.width(length)

@@ -41,7 +41,7 @@ class Asked:
       dtype: of weights, activations and exact caches.
       steps: tokens of the steps after the prompt.
       weight_bits: 8 counts the layers' matrices in 8 bits; None: in `dtype`.
-      reserve_mib: of the device, left alone.
+      reserve_mib: MiB of the device that stay unused.
       budget, keep_ratio: of methods that have a budget; a `keep_ratio` is of the prompt, and of `shortest` tokens at least.
       implementation: of attention, as in `lcx.backends.choose.resolve`.
 
@@ -191,7 +191,7 @@ class PlanRow:
     """Needs of one method at one context length; bytes are of one device.
 
     Attributes:
-      job: what was asked for.
+      job: the request.
       at: the memory that it needs.
       limit: the longest prompt that fits; None: memory does not grow, or not searched.
       times: the roofline, predicted; None on a CPU.
@@ -339,7 +339,7 @@ def plan(
             jobs.append(job)
     compiler = Compiler()
     try:
-        # two at a time: while one waits for XLA the other traces
+        # two threads: while one waits for XLA the other traces
         with ThreadPoolExecutor(max_workers=2) as pool:
             all_rows = []
             for rows in pool.map(lambda job: _rows(job, compiler, lengths, limits), jobs):

@@ -15,7 +15,7 @@ from lcx.plan.targets import GpuTarget
 
 STEP = 1_024  # the longest context is rounded down to a multiple of it
 TOLERANCE = 0.03  # of interpolated temp, against what is compiled
-MARGIN = 4  # a program is left out where its temp and results, so many times over, would not make it the largest
+MARGIN = 4  # a program is left out where this multiple of its temp and results would not make it the largest
 MORE_POINTS = 4  # compiled at most where a check fails
 MORE_LIMITS = 8  # limits compiled until one stays
 

@@ -64,7 +64,7 @@ def limits(rows: Sequence[PlanRow], title: str) -> Table:
 def _limit_cells(row: PlanRow) -> tuple[str, str, str]:
     most = row.need_at_limit
     if row.limit_tokens is None:
-        return "no limit", _gib(row.at.peak_bytes), "positions alone"
+        return "no limit", _gib(row.at.peak_bytes), "only positions"
     if most is None:
         return f"below {STEP:,}", "-", row.at.program
     return f"{row.limit_tokens:,}", _gib(most.peak_bytes), most.program

@@ -39,7 +39,7 @@ GGUF_LAYER = {
     "down": ("blk.{}.ffn_down.weight",),
     "post_mlp_norm": ("blk.{}.post_ffw_norm.weight",),
 }
-# Phi-3 stores what lcx joins already joined
+# Phi-3 stores the matrices already joined, as lcx wants them
 GGUF_LAYER_PHI3 = GGUF_LAYER | {"qkv": ("blk.{}.attn_qkv.weight",), "gate_up": ("blk.{}.ffn_up.weight",)}
 GGUF_TOP = {"embed": "token_embd.weight", "norm": "output_norm.weight", "lm_head": "output.weight"}
 HF_LAYER = {

@@ -21,7 +21,7 @@ GEMMA3_WINDOW = 512
 GEMMA3_LOCAL_BASE = 10_000.0
 # llama.cpp tells Gemma 3 27B, whose scale is not head_dim ** -0.5, by its number of layers
 GEMMA3_27B_LAYERS = 62
-# what transformers takes where config.json lacks the key
+# values that transformers takes where config.json lacks the key
 DEFAULT_WINDOW = {"MistralForCausalLM": 4_096, "Qwen2ForCausalLM": 4_096, "Qwen3ForCausalLM": 4_096}
 DEFAULT_FULL_LAYERS = 28  # max_window_layers of Qwen2 and Qwen3
 
@@ -74,7 +74,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         "vocab_size": _gguf_vocab_size(file, f, arch),
         "norm_eps": f.number(f"{arch}.attention.layer_norm_rms_epsilon"),
         "tied": "output.weight" not in file.tensors,
-        # a bias is there where its tensors are, as in llama.cpp
+        # a layer has a bias where the file has its tensors, as in llama.cpp
         "qkv_bias": arch == "qwen2" or "blk.0.attn_q.bias" in file.tensors,
         "o_bias": "blk.0.attn_output.bias" in file.tensors,
         "qk_norm": arch in ("qwen3", "gemma3"),
@@ -238,7 +238,7 @@ def _hf_rope(f: Fields, arch: str, head_dim: int, context: int) -> dict[str, obj
     key = "rope_parameters" if f.has("rope_parameters") else "rope_scaling"
     scaling = f.section(key)
     if key == "rope_parameters" and f.section("rope_scaling").values:
-        # transformers takes rope_scaling and drops the other with its rope_theta; which of them is meant is not known
+        # transformers takes rope_scaling and drops the other with its rope_theta; the file does not say which of the two is valid
         raise f.fail("rope_scaling", "none beside rope_parameters")
     if arch != "Gemma3ForCausalLM":
         for kind in ("full_attention", "sliding_attention"):

@@ -182,7 +182,7 @@ def _load_file(path: Path, dtype: str, name: str, licence: str | None) -> Checkp
 
 
 def _load_folder(path: Path, dtype: str, name: str) -> Checkpoint:
-    # a family that lcx does not load is said before anything else of it
+    # a family that lcx does not load is refused before anything else is checked
     config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
     beside = [path / f"{file}.json" for file in ("tokenizer_config", "config", "generation_config")]
     tokenizer = Tokenizer.from_json(

@@ -139,7 +139,7 @@ def hf_rope(f: Fields, scaling: Fields, key: str, head_dim: int, context: int, d
 def _yarn_scale(scaling: Fields, key: str, factor: float) -> float:
     default = _yarn_mscale(factor)
     weights = [scaling.values.get(f"{key}.{name}") for name in ("mscale", "mscale_all_dim")]
-    if all(weights):  # one of them alone says nothing, as in transformers
+    if all(weights):  # only one of the two has no effect, as in transformers
         of_one, of_all = (scaling.number(f"{key}.{name}") for name in ("mscale", "mscale_all_dim"))
         default = _yarn_mscale(factor, of_one) / _yarn_mscale(factor, of_all)
     return scaling.number(f"{key}.attention_factor", default)

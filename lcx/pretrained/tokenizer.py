@@ -220,7 +220,7 @@ class Tokenizer:
             raise CheckpointFormatError(f"{path}: tokenizer.ggml.add_bos_token must be true or false")
         stops = [id_field(fields, f"{name}_token_id", path) for name in ("eos", "eot", "eom")]
         template = fields.get("tokenizer.chat_template")
-        # converters name the rows of a padded embedding so
+        # converters give these names to the rows of a padded embedding
         padding = [int(i) for i in np.flatnonzero(kinds == UNUSED) if tokens[i] == f"[PAD{i}]"]
         return cls(
             backend,
@@ -269,7 +269,7 @@ class Tokenizer:
         stops += _ids(model, "eos_token_id", path) + _ids(generation, "eos_token_id", path)
         add_bos = settings.get("add_bos_token")
         if not isinstance(add_bos, bool):
-            # then what the file's own post-processor puts in front of a text says it
+            # else the file's own post-processor tells, by the tokens that it puts in front of a text
             front = _front(backend, bos, path)
             add_bos, bos = bool(front), front or bos
         template = settings.get("chat_template")

@@ -1,6 +1,6 @@
 """A sweep for people: figures, one HTML page, its comparison with another, and its rows as a file.
 
-`figures` draws in a notebook too.  This package imports no JAX unless a GPU's capacity is asked for.
+`figures` draws in a notebook too.  This package imports no JAX unless a GPU's capacity is requested.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Safe(str):
 def el(tag: str, *children: Any, **attributes: Any) -> Safe:
     """Return an HTML element.  Children and values of attributes are escaped unless `Safe`; a trailing _ of a name is dropped.
 
-    Attributes that are None are left out, True stands alone.
+    Attributes that are None are left out, True writes only the name.
     """
     words = [tag]
     for name, value in attributes.items():

@@ -86,7 +86,7 @@ def page(source: Source, capacity: Sequence[str] = ()) -> str:
     before = _figures(source.rows, capacity)
     known, after = cards(source), [_measured(source), _failed(source.rows)]
     text = ""
-    # the first that fits; an export has what is left out
+    # the first that fits; an export has the rows left out
     for most, orders, whole in ((None, 3, True), (None, 3, False), (2_000, 1, False), (100, 1, False)):
         recipes = _recipes(known, FEW_CARDS if most == 100 else MOST_CARDS)
         middle = [_tables(source.rows, most, orders, whole), *_scores(source.rows), recipes]

@@ -47,7 +47,7 @@ def load(workdir: Path, damaged: bool = False) -> Source:
     if damaged:
         path = workdir / FILE
         if not path.is_file():
-            raise UserError(f"workdir={str(workdir)!r} holds no sweep: there is no {FILE}")
+            raise UserError(f"workdir={str(workdir)!r} holds no sweep: it has no {FILE}")
         points = salvage(path)
         if not points:
             raise UserError(f"workdir={str(workdir)!r}: nothing of {FILE} is readable")

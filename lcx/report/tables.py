@@ -21,7 +21,7 @@ def spread(row: Row, name: str, form: str, unit: float = 1.0) -> str:
     return text if low is None or high is None else f"{text} ({number(low, form, unit)}–{number(high, form, unit)})"
 
 
-# head, columns of the schema that it shows, text of a row
+# head, columns of the schema under it, text of a row
 Shown = tuple[str, tuple[str, ...], Callable[[Row], str]]
 COMPARED: tuple[Shown, ...] = (
     ("method", ("method",), lambda r: str(r["method"])),

@@ -26,7 +26,7 @@ from lcx.session_programs import Compiled
 from lcx.sweep.points import Point
 from lcx.sweep.schema import Row
 
-# what jaxlib says when memory is short
+# words of jaxlib's errors when memory is short
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "bad_alloc", "Unable to allocate")
 
 
@@ -75,7 +75,7 @@ class Bench:
         ids, length = self._ids[name], point.text_tokens - len(front)
         room = len(ids) - length
         if room < 0:
-            raise UserError(f"lengths: text {name!r} has {len(ids)} tokens, {length} are needed")
+            raise UserError(f"lengths: text {name!r} has {len(ids)} tokens, {length} are needed; shorten the lengths")
         if point.seed == 0:
             starts = np.linspace(0, room, point.batch).astype(int)
         else:

@@ -19,7 +19,7 @@ WATCH_S = 0.5
 def main(argv: list[str]) -> None:
     """Answer jobs on stdin until it ends."""
     start = time.perf_counter()
-    # what a library prints must not come between the answers
+    # the output of a library must not come between the answers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     _end_with_parent()

@@ -162,7 +162,7 @@ def experiment_of(spec: Mapping[str, Any], settings: Settings) -> Experiment:
         experiment = replace(experiment, implementation=spec["implementation"])
     if spec["chunk_size"] is not None:
         experiment = experiment.with_chunks(spec["chunk_size"])
-    # what keeps all tokens has no budget to share
+    # a method that keeps all tokens has no budget to share
     if experiment.recipe.has_budget:
         prompt = spec["length"] - settings.continuation
         experiment = experiment.with_budget(prompt, spec["budget"], spec["keep_ratio"])
@@ -278,7 +278,7 @@ def jobs(found: Sequence[Mapping[str, Any]], models: Mapping[str, Loaded]) -> li
     dense: dict[tuple, tuple[str, Mapping[str, Any]]] = {}
     for spec in found:
         point = resolve(spec, models[spec["model"]])
-        # the first method of each cell is what the others are compared with
+        # the other methods of a cell are compared with its first
         key, reference = dense.get(point.reference_cell, (None, None))
         dense.setdefault(point.reference_cell, (point.key, spec))
         recipe = f"{point.experiment.recipe!r} {point.aux_sha256 or ''}".strip()

@@ -104,7 +104,7 @@ def run(
     _, jobs = resolve_all(sweep, settings, loaded, **(axes or {}))
     digest = hashlib.sha256(repr([j.key for j in jobs]).encode()).hexdigest()[:8]
     workdir = workdir or Path(f"runs/{name}-{digest}")
-    # refused before a folder is made
+    # a wrong request is refused before a folder is made
     launch = launcher(how, fork or workdir)
     store = open_sweep(workdir, jobs, fork)
     workdir = fork or workdir
@@ -129,7 +129,9 @@ def load_shapes(models: Sequence[str], sweep: Sweep, settings: Settings, accept_
         loaded[name] = Loaded(model.config, model.sha256)
         have = len(model.tokenizer.text_ids(text))
         if have < most:
-            raise UserError(f"lengths: text {settings.text!r} has {have} tokens, {most} are needed")
+            raise UserError(
+                f"lengths: text {settings.text!r} has {have} tokens, {most} are needed; shorten the lengths"
+            )
     return loaded
 
 

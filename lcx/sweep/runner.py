@@ -119,7 +119,7 @@ def run_methods(
       keep_ratio: budget of every method that has one, as a fraction of the prompt; None: their own.
       settings: what is measured how often; by default 3 timed prefills, 16 decode steps, 256 tokens scored.
       batch: texts side by side.
-      on_row: called with each row as it is there; None: a line is printed.
+      on_row: called with each finished row; None: a line is printed.
 
     Returns:
       Rows as `lcx.report.figures` draws them, one a method and length.

@@ -82,7 +82,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=env,
-                # a Ctrl-C on the terminal reaches the parent alone
+                # a Ctrl-C on the terminal reaches only the parent
                 start_new_session=True,
             )
         try:
@@ -159,7 +159,7 @@ class Child:
                 try:
                     pipe.close()
                 except OSError:
-                    # what was written to a dead child is lost
+                    # a request written to a dead child is lost
                     continue
 
 
@@ -253,7 +253,7 @@ class Scheduler:
                 if job is None:
                     if self.store.unfinished() == 0:
                         return
-                    # what is left runs elsewhere, or waits for its reference
+                    # the remaining points run elsewhere, or wait for their references
                     self.stop.wait(TICK_S)
                     continue
                 if child is not None and (self.isolate == "point" or (self.isolate == "recipe" and job.group != group)):

@@ -81,7 +81,7 @@ COLUMNS = (
     Column("nll", "float", "mean negative log likelihood of the continuation, nats a token"),
     Column("kl", "float", "KL(dense || method) over the continuation, nats a token"),
     Column("top1_agreement", "float", "share of the continuation's tokens whose likeliest next token is dense's"),
-    Column("tasks", "json", "scores of the tasks that --tasks asked for"),
+    Column("tasks", "json", "scores of the tasks requested by --tasks"),
     Column("device", "str", "what times were measured on", True),
     Column("host", "str", "machine", True),
     Column("child_start_s", "float", "the child's start: imports and weights, s", True),

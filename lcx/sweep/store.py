@@ -97,7 +97,7 @@ class Store:
     def __init__(self, workdir: Path, create: bool = True):
         self.path = workdir / FILE
         if not create and not self.path.exists():
-            raise UserError(f"workdir={str(workdir)!r} holds no sweep: there is no {FILE}")
+            raise UserError(f"workdir={str(workdir)!r} holds no sweep: it has no {FILE}")
         try:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -26,7 +26,7 @@ class Niah:
       keys, values: "word", "number" or "uuid".
       num_keys: needles with different keys, the distractors of a haystack of needles not counted.
       num_values: values, and so needles, of a key.
-      num_asked: keys that are asked for.
+      num_asked: requested keys.
     """
 
     haystack: str

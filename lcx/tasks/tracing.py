@@ -34,7 +34,7 @@ def _chain(
     lines = [f"VAR {names[0]} = {value}"]
     lines += [f"VAR {name} = VAR {before}" for before, name in zip(names, names[1:], strict=False)]
     hay = [NOISE] * num_lines
-    # an example without noise is the chain alone
+    # an example without noise is only the chain
     context, depths = in_lines(rng, lines, hay) if hay else ("\n".join(lines), ())
     body = (
         "The lines below hide assignments to variables. Memorize which variables end up with the same value.\n"
@@ -70,6 +70,6 @@ def form(name: str) -> Form:
     """Build variable tracing: 5 variables, 4 hops, the first assigned a number, the order of the chain kept.  Unit of size: lines of noise.
 
     The worked example has three-letter names and a haystack such that it takes at most min(500, budget // 3) tokens; where the five
-    lines of its chain and five of noise take more, it is the chain alone.
+    lines of its chain and five of noise take more, it is only the chain.
     """
     return Form(name, ANSWER_TOKENS, "all", _build, NUM_NAMES, 1 << 30, _plans)
