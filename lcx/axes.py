@@ -47,7 +47,7 @@ class Array:
       shape: without the axis of the heads.
       dtype: of the values.
       per: "query head" for [H,*shape], "KV head" for [K,*shape], "layer" for [*shape].
-      optional: whether the method works without it.
+      optional: True where the method works without the array.
     """
 
     shape: tuple[int, ...] = ()

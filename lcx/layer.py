@@ -37,7 +37,7 @@ class Reading:
     """One chain prepared for reading in one step.
 
     Attributes:
-      ctx: of the chain's heads, rotated and masked as its pattern wants it.
+      ctx: context of the chain's heads, rotated and masked as the pattern wants.
       turned: segment name -> positions that its keys are rotated by, where they are not the slots' own.
     """
 
@@ -121,7 +121,7 @@ def read(
       recipe: of this phase and layer, static.
       cache: as it is before the step writes, or after it where `own` is False.
       heads: the KV heads of named segments.
-      own: whether the step's own tokens are read as they are, beside the segments.
+      own: True where the step's own tokens are read as they are, beside the segments.
       as_stored: a token reads those before it in the step as the first segment of its chain will hold them.
 
     Returns:
@@ -206,7 +206,7 @@ def write(
     Args:
       ctx, recipe, heads: as in `read`; a token whose position is EMPTY leaves no trace.
       cache: before the step.
-      lse: what `read` returned; None where no policy asks for attention.
+      lse: result of `read`; None where no policy needs attention.
       state: likewise.
     """
     segments = dict(cache.segments)
@@ -362,7 +362,7 @@ def _choose(compress: Compress, ctx: Ctx, held: Held, most: int) -> Tokens:
     score = jnp.where(pos == EMPTY, -jnp.inf, compress.score(ctx, held))
     keep = compress.keep(ctx, jnp.sum(pos[:, 0] != EMPTY, -1))
     _, kept = lax.top_k(score, width)
-    # layers share a width, and have budgets of their own: what ranks behind the budget is not kept
+    # layers share a width, and have budgets of their own: tokens ranked behind the budget are not kept
     behind = jnp.arange(width) >= jnp.reshape(keep, (-1, 1, 1))
     kept_pos = jnp.where(behind, EMPTY, jnp.take_along_axis(pos, kept, -1))
     order = jnp.argsort(jnp.where(kept_pos == EMPTY, S, kept), -1)

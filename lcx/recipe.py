@@ -22,7 +22,7 @@ class Choice(NamedTuple):
 
     Attributes:
       axis: "pattern", "policy", "compress", "codec" or "heads", and " of NAME" where segments have names.
-      name: of the class, or of the heads.
+      name: name of the class, or of the heads.
       settings: its fields, as text.
       exact: when it equals dense attention, a sentence; empty where the class does not say.
     """

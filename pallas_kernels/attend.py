@@ -78,7 +78,7 @@ def attend(
       q_pos, kv_pos: where `mask.positions`: int32 [B,T], and [B,S] or [B,K,S], EMPTY where there is none.
       segments: where `mask.segments`: (int32 [B,T], int32 [B,S]), numbers >= 0; or one [B,S] for both, if T = S.
       spans: where `mask.spans`: int32 [K] or [B,K], window of each KV head in tokens.
-      out_dtype: of the result, float32 by default; the type of q halves what is written.
+      out_dtype: of the result, float32 by default; the type of q halves the written bytes.
       tile: sizes other than those of the table, to measure.
 
     Returns:

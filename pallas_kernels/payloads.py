@@ -33,7 +33,7 @@ class Payload:
     Attributes:
       kind: "bf16" and "f16" exactly; "fp8" (e4m3), "int8", "int4" and "int2" with float16 scales, the integers with zero points too:
         value = scale * code + zero, code 0 ... 2^bits - 1.
-      by: what a scale of K is for: one "channel" of the page (KIVI), or one "token".  V has one for each token.
+      by: unit that shares a scale of K: one "channel" of the page (KIVI), or one "token".  V has one for each token.
     """
 
     kind: str = "bf16"

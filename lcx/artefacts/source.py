@@ -16,5 +16,5 @@ class AuxSource(Protocol):
         ...
 
     def stand_in(self, model: ModelConfig) -> tuple[Aux, str]:
-        """Return arrays of the right shapes for a model that has none, and a note that says so: what a plan of memory needs."""
+        """Return arrays of the right shapes for a model that has none, with a note about it: a plan of memory needs them."""
         ...

@@ -79,7 +79,7 @@ def attend(
 
     Args:
       q, sources, q_pos, scale, mask: as there.
-      implementation: what `resolve` returned.
+      implementation: result of `resolve`.
 
     Returns:
       Partial: as there.  More than 128 query rows of a KV head go through the kernel with results in the type of q, one rounding more.

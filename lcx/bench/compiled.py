@@ -20,7 +20,7 @@ class Report:
     """Compiler's figures for the Mosaic GPU kernels of a function; the worst of them where there are several.
 
     Attributes:
-      kernels: how many there are.
+      kernels: number of kernels.
       registers: of a thread at launch; `set_max_registers` moves them between warpgroups later, and spills count either way.
       spill_stores, spill_loads, stack: bytes of a thread.
       shared: bytes of a block, static and dynamic.

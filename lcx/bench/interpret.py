@@ -5,7 +5,7 @@ lacks and attention needs is added here, by wrapping `JaxprInterpreter`: `pl.run
 registers, `copy_smem_to_gmem` with a predicate or a reduction, atomic stores.  It also checks the shared memory that a wgmma reads
 against the writes of TMA (upstream does not): a wgmma before its `barrier_wait`, or after the arrival that frees its operand, is a race.
 
-What it cannot see: a wgmma is finished when it is issued (`wgmma_wait` does nothing), so reuse of an operand before the wait is
+Blind spot: a wgmma is finished when it is issued (`wgmma_wait` does nothing), so reuse of an operand before the wait is
 invisible; blocks run one after another; registers, banks, alignment and the lowering itself (see lcx/bench/compiled.py).
 """
 

@@ -20,12 +20,12 @@ class Row:
 
     Attributes:
       name: of the row.
-      kernels: whose checks must pass.
+      kernels: kernels whose checks must pass.
       program: a function of the arguments.
       abstract: makes the arguments as shapes.
       make: makes them as arrays.
-      calls: how many times the program does what its time is told for.
-      case: what it is; None for a part of a model.
+      calls: number of repetitions within the program; times are reported for one.
+      case: case of the benchmark; None for a part of a model.
     """
 
     name: str

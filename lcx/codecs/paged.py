@@ -31,7 +31,7 @@ class Paged(Codec):
 
     Args:
       kind: "fp8" (e4m3), "int8", "int4" or "int2".
-      by: what a scale of keys is for, one "channel" of the page or one "token".
+      by: unit that shares a scale of keys, one "channel" of the page or one "token".
     """
 
     kind: str = "int4"

@@ -20,7 +20,7 @@ def first_not_finite(session: Session, run: Callable[[], object]) -> str:
 
     Args:
       session: forgets its texts.
-      run: what gave the value: prefill, then steps, of this session.
+      run: the run that gave the value: prefill, then steps, of this session.
     """
     places: list[str] = []
     steps = {"prefill": 0, "decode": 0}

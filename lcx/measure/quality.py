@@ -28,7 +28,7 @@ class Score:
     Attributes:
       nll: float32 [M].
       ids: int32, all tokens that were read.
-      cache_bytes: of the arrays when the last token had been read.
+      cache_bytes: bytes of the arrays when the last token had been read.
       seconds: prefill and continuation, compiling included where it was not done ahead.
     """
 

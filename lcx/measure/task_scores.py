@@ -22,7 +22,7 @@ class TaskResult:
     """Output of a sample under a method.
 
     Attributes:
-      sample: what was asked.
+      sample: the prompt and its references.
       output: text of the generated tokens, at most `sample.answer_tokens`.
       score: 0 to 100.
       ids: the generated tokens, a stop token included.

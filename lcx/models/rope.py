@@ -13,7 +13,7 @@ from lcx.model_config import ModelConfig, Rope
 
 
 def inverse_frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:
-    """Return float32 [R/2], radians a token of the pairs that turn.  `local`: of the layers that see only the model's window."""
+    """Return float32 [R/2], radians a token of the pairs that turn.  `local`: those of the layers that see only the model's window."""
     rope = rope_of(config, local)
     pairs = rope.pairs(config.head_dim)
     inverse = 1.0 / rope.base ** (np.arange(pairs, dtype=np.float64) / pairs)

@@ -48,8 +48,8 @@ class Source:
       pos: int32 [B,R,S] or [B,1,S], position of the token in each slot, EMPTY where none.
       tile: `tile(start, size) -> k [B,R,D,size], v [B,R,size,D]`; `start` is a traced multiple of the codec's page.
       gather: `gather(pages [B,R,N], size) -> k [B,R,D,N * size], v [B,R,N * size,D]`; page p is the slots from p * size on.
-      held: whether only a prefix is in use; then the walk ends at the last used slot and cannot be differentiated in reverse.
-      plain: whether `tile(0, S)` is the stored arrays themselves, so that reading all of it at once makes no copy.
+      held: True where only a prefix is in use; then the walk ends at the last used slot and cannot be differentiated in reverse.
+      plain: True where `tile(0, S)` is the stored arrays themselves, so that reading all of it at once makes no copy.
       pages: the stored arrays as the decode kernel reads them, `payloads.Pages`, those of a row in the order of its tokens; None where
         they lie otherwise.
     """

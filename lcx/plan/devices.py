@@ -18,10 +18,10 @@ class Device:
     """Devices that share one model.
 
     Attributes:
-      name: what the flag --device takes, such as h200, 2xh200 or cpu.
-      target: what is compiled for; None: this machine's own device.
-      count: how many; every one holds 1 / count of the KV heads and of the matrices.
-      memory_bytes: of each.
+      name: value of the flag --device, such as h200, 2xh200 or cpu.
+      target: target of the compilation; None: this machine's own device.
+      count: number of devices; every one holds 1 / count of the KV heads and of the matrices.
+      memory_bytes: memory of each.
     """
 
     name: str

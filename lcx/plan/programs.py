@@ -32,7 +32,7 @@ class Part:
       name: "prefill chunk", "prefill" (one shot), "decode", "repack" or "logits".
       layer: the first layer that runs it; layers that share a program are one part.
       live_bytes: arrays of the session that are alive while it runs, its own arguments among them: weights, caches, residual stream.
-      program, args, static: what is compiled.
+      program, args, static: the jitted function and its arguments.
     """
 
     name: str

@@ -77,9 +77,9 @@ class Job:
       experiment: the method.
       device: where it is planned for.
       asked: the rest of the request.
-      setting: what a session is planned with, of one device.
+      setting: settings of the planned session, of one device.
       aux: the method's arrays, or None.
-      notes: what a reader must know.
+      notes: remarks for the reader.
     """
 
     model: ModelConfig
@@ -144,7 +144,7 @@ class Need:
       peak_cache_bytes: the largest sum of caches that are alive together.
       temp_bytes: scratch of the program that needs the most memory.
       peak_bytes: the most memory.
-      program: what needs it.
+      program: the program that needs this memory.
       peaks: program -> the most memory while it runs.
       source: "compiled" where `program` was compiled for this length, else "interpolated".
     """
@@ -196,7 +196,7 @@ class PlanRow:
       limit: the longest prompt that fits; None: memory does not grow, or not searched.
       times: the roofline, predicted; None on a CPU.
       checks: lengths that were interpolated first and compiled then.
-      notes: what a reader must know.
+      notes: remarks for the reader.
     """
 
     job: Job
@@ -316,7 +316,7 @@ def plan(
       targets: devices or their names, such as "h200", "2xa100-80gb", "cpu".
       lengths: prompts in tokens, each once.
       chunk_size: tokens of a prefill step, but for methods that need the whole prompt at once.
-      limits: whether to search for the longest context that fits.
+      limits: True to search for the longest context that fits.
       on_rows: called with the rows of a method on a device as they are done.
       settings: fields of `Asked`: new_tokens, batch, dtype, weight_bits, reserve_mib, budget, keep_ratio, implementation.
 
@@ -404,7 +404,7 @@ def estimate(
       dtype: of weights, activations and exact caches.
       target: a device or its name; None: this machine's own.
       batch: texts side by side.
-      method: what the row calls it; None: its pattern's name.
+      method: name in the row; None: the pattern's name.
       compiler: shared by several estimates, so that what they have in common is compiled once.
       settings: further fields of `Asked`, such as steps=(1, 256).
     """

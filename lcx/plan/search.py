@@ -29,7 +29,7 @@ class Peak:
       part: the program that needs them.
       temp_bytes: of that program.
       by_program: the most of each kind of program.
-      compiled: whether that program was compiled for this length.
+      compiled: True where that program was compiled for this length.
     """
 
     bytes: int
@@ -57,7 +57,7 @@ class Curve:
 
     Args:
       compiler: shared by all curves.
-      target: what is compiled for.
+      target: target of the compilations.
       at: length -> its programs.
     """
 

@@ -28,7 +28,7 @@ class GpuTarget:
     """One GPU, as XLA's GpuTargetConfigProto describes it.
 
     Attributes:
-      name: what the flag --target takes.
+      name: value of the flag --target.
       capability: compute capability, (major, minor).
       cores: streaming multiprocessors.
       fpus_per_core: float32 units of each.
@@ -37,7 +37,7 @@ class GpuTarget:
       bandwidth: of the memory, bytes a second, vendor's figure.
       l2_bytes: L2 cache.
       clock_ghz: boost clock.
-      memory_bytes: what the driver reports; read on the card for the H200, usual figures for the others.
+      memory_bytes: memory that the driver reports; read on the card for the H200, usual figures for the others.
       bf16_flops: dense bfloat16 operations a second, vendor's figure.
     """
 
@@ -158,7 +158,7 @@ def compile_for(
 
     Args:
       target: one of TARGETS; None: this machine's own device.
-      program: what `jax.jit` returned; its donated arguments stay donated.
+      program: result of `jax.jit`; its donated arguments stay donated.
       args: arrays, or anything with shape and dtype, in pytrees.
       static: static arguments by name.
       options: XLA's flags for this compilation, name -> value.

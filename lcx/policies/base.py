@@ -51,7 +51,7 @@ class Evict(Policy):
         raise NotImplementedError
 
     def budget_of(self, ctx) -> jax.Array:
-        """Return the budget, int32 []: of the recipe, or the number that the program was given."""
+        """Return the budget, int32 []: that of the recipe, or the number that the program was given."""
         return jnp.asarray(ctx.data.get("budget", self.budget), jnp.int32)
 
     def program(self):

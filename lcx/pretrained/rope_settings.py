@@ -22,7 +22,7 @@ BETA_FAST, BETA_SLOW = 32.0, 1.0  # YaRN, arXiv:2309.00071, section 3.2
 
 @dataclass(frozen=True)
 class RopeSettings:
-    """RoPE of a model: up to `limit` tokens and beyond, and the context that the scaling reaches (0: what the file says)."""
+    """RoPE of a model: up to `limit` tokens and beyond, and the context that the scaling reaches (0: that of the file)."""
 
     rope: Rope
     limit: int | None = None

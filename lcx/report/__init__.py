@@ -22,7 +22,7 @@ def write_report(source: Source, out: Path, formats: Sequence[str] = (), capacit
       capacity: GPUs whose memory is drawn as lines.
 
     Returns:
-      What was written.
+      Paths of the written files.
 
     Raises:
       UserError: another format, no such GPU, or a file that cannot be written.

@@ -86,7 +86,7 @@ class Comparison:
     Attributes:
       cells: cell -> changes of its columns, of cells in both.
       only_before, only_after: cells of only one sweep.
-      notes: what was not compared, and what was set differently.
+      notes: omitted comparisons, and settings that differ.
     """
 
     cells: dict[Cell, list[Change]]

@@ -300,7 +300,7 @@ def _pareto(ax: Axes, rows: Rows, looks: Looks, length: int | None = None) -> li
     spots = {m: (axes.curve(own, m, "cache_bytes"), axes.curve(own, m, quality)) for m in looks}
     spots = {m: (x[0], y[0]) for m, (x, y) in spots.items() if x and y and x[0].mean > 0}
     log = quality == "kl"
-    # a log axis has no zero: what equals dense stands on the lower edge
+    # a log axis has no zero: methods equal to dense stand on the lower edge
     positive = [v for m, (_, y) in spots.items() if m != reference for v in (y.low, y.high) if v > 0]
     floor = min(positive) / 2 if positive else 1e-6
     heights = {m: max(y.mean, floor) if log else y.mean for m, (_, y) in spots.items()}

@@ -47,7 +47,7 @@ class Bench:
         """Return the row of a point, whatever happens to it: status ok, oom_predicted, oom, nonfinite or error.
 
         Args:
-          point: what to run.
+          point: method and length to run.
           reference: the dense point that it is compared with, or None where it is that itself.
         """
         try:

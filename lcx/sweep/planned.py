@@ -26,7 +26,7 @@ def planned_rows(
     Args:
       specs: as `lcx.sweep.points.specs` makes them; points that differ only in their seed are planned once.
       models: name -> shape, for the models of the specs.
-      devices: what to plan for.
+      devices: devices of the plan.
       on_row: called with each row as it is done.
 
     Raises:

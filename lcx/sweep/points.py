@@ -35,7 +35,7 @@ class Settings:
       text: a name of `lcx.texts`.
       tasks: further quality figures, of TASKS.
       samples: of each task.
-      memory_limit: bytes; a point whose predicted peak is above is not run.  None: what the device or the machine has.
+      memory_limit: bytes; a point whose predicted peak is above is not run.  None: the memory of the device or the machine.
       allow_extrapolation: lengths beyond the model's context.
     """
 

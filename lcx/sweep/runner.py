@@ -117,7 +117,7 @@ def run_methods(
       methods: name -> method; the first is what the others are compared with, so it should be dense.
       lengths: contexts in tokens, prompt and continuation.
       keep_ratio: budget of every method that has one, as a fraction of the prompt; None: their own.
-      settings: what is measured how often; by default 3 timed prefills, 16 decode steps, 256 tokens scored.
+      settings: measurements and their counts; by default 3 timed prefills, 16 decode steps, 256 tokens scored.
       batch: texts side by side.
       on_row: called with each finished row; None: a line is printed.
 
@@ -166,7 +166,7 @@ def _named(methods: Mapping[str, Experiment | Recipe]) -> Mapping[str, Experimen
 def write_run(
     workdir: Path, found: Sequence[Job], models: Mapping[str, Any], settings: Settings, flags: Mapping[str, Any]
 ) -> None:
-    """Add this run to `run.json`: what was run by which command and versions, on what.
+    """Add this run to `run.json`: points, command, versions and machine.
 
     Args:
       workdir: of the sweep.

@@ -182,7 +182,7 @@ class Scheduler:
     Attributes:
       store: the points.
       launch: starts what runs points.
-      workers: how many side by side.
+      workers: number of children side by side.
       isolate: when a child is replaced: after each "point", between groups ("recipe"), or only when it failed ("none").
       time_limit: seconds a point may take.
       on_row: called with (job, row) as each is on disk; one call at a time.

@@ -22,7 +22,7 @@ class TaskSpec:
 
     Attributes:
       form: how samples are built and sized.
-      unit: what the haystack grows by.
+      unit: unit by which the haystack grows.
       fine_from: budget in tokens from which prompt and answer take at least 95 % of it, counted with SmolLM2's tokenizer.
     """
 

@@ -67,7 +67,7 @@ def read_file(path: str | Path, flag: str = "text_file") -> str:
 
     Args:
       path: of the file.
-      flag: what errors call it.
+      flag: name of the path in errors.
 
     Raises:
       UserError: it cannot be read, or is not UTF-8.
