@@ -69,17 +69,16 @@ def main() -> None:
     rest = time.perf_counter() - start - first
     speed = f"{(count - 1) / rest:.1f} tokens/s" if count > 1 else "one token"
     peak = peak_rss_bytes()
-    drafted = ""
-    if isinstance(tokens, Speculation):
-        drafted = f" | {tokens.accepted} of {tokens.drafted} drafted tokens accepted"
+    spec = tokens if isinstance(tokens, Speculation) else None
+    drafted = "" if spec is None else f" | {spec.accepted} of {spec.drafted} drafted tokens accepted"
     print(
         f"TTFT {first * 1e3:.0f} ms for {len(ids)} tokens | decode {speed}{drafted} | cache {session.cache_bytes:,} bytes"
         f" | compiled in {compiled.seconds:.1f} s" + (f" | peak RSS {peak / 2**30:.2f} GiB" if peak else ""),
         file=sys.stderr,
     )
-    if isinstance(tokens, Speculation):
+    if spec is not None:
         same = "that of plain decoding, up to ties" if why is None else f"that of this method fed the same steps: {why}"
-        print(f"draft {FLAGS.draft}: {len(tokens.widths)} steps; the output is {same}", file=sys.stderr)
+        print(f"draft {FLAGS.draft}: {len(spec.widths)} steps; the output is {same}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -150,8 +150,8 @@ def aux_of(aux, num_layers: int) -> None:
     """Raise UserError unless `aux` is None or one dict a layer."""
     if aux is None:
         return
-    layers = listed("aux", aux)
-    if len(layers) != num_layers or not all(isinstance(x, Mapping) for x in layers):
+    one_a_layer = isinstance(aux, Sequence) and len(aux) == num_layers and all(isinstance(x, Mapping) for x in aux)
+    if not one_a_layer:
         raise UserError(f"aux={brief(aux)}: allowed is a list of {num_layers} dicts, one a layer")
 
 

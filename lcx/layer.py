@@ -167,8 +167,9 @@ def _read_chain(
     if whole:
         parts.append(choose.attend(ctx.q, whole, ctx.pos, **settings))
     if as_stored:
-        for source, mask in ((ctx.own, Near(1)), (_own_as_stored(reading, store), Far(1))):
-            parts.append(choose.attend(ctx.q, [source], ctx.pos, **settings | {"mask": both(ctx.mask, mask)}))
+        own_mask, past_mask = both(ctx.mask, Near(1)), both(ctx.mask, Far(1))
+        for source, mask in ((ctx.own, own_mask), (_own_as_stored(reading, store), past_mask)):
+            parts.append(choose.attend(ctx.q, [source], ctx.pos, **settings | {"mask": mask}))
     return merge(parts), notes, state
 
 

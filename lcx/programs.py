@@ -50,7 +50,8 @@ def _ctx(config: ModelConfig, recipe: Recipe, local: bool, aux, implementation: 
     )
 
 
-def _step_ctx(static, aux, step: Step, q_raw, k_raw, v, lse=None) -> Ctx:
+def layer_ctx(static, aux, step: Step, q_raw, k_raw, v, lse=None) -> Ctx:
+    """Return the ctx of a step from its projections, as `enter` gives them; `static` as in `run_block`."""
     config, local, pos = static["config"], static["local"], step.pos
     turn = rotation(config, local)
     q, k = turn(q_raw, pos[:, None, None]), turn(k_raw, pos[:, None])
@@ -71,7 +72,7 @@ def run_block(w, x, step: Step, cache, aux, *, order: str = "attend", **static):
       static: config, recipe (of this phase and layer), local, implementation (as `backends.choose.resolve` returned it).
     """
     config = static["config"]
-    ctx = _step_ctx(static, aux, step, *enter(w, config, x))
+    ctx = layer_ctx(static, aux, step, *enter(w, config, x))
     out, cache, notes = attention(ctx, static["recipe"], cache, aux.get("heads", {}), order=order)
     return leave(w, config, x, out), cache, notes
 
@@ -80,14 +81,14 @@ def run_peek(w, x, step: Step, cache, aux, *, as_stored: bool = False, **static)
     """`run_block` that writes nothing: (x, pending, notes); `run_commit` takes the pending arrays.  `as_stored`: as in `layer.read`."""
     config = static["config"]
     own = enter(w, config, x)
-    ctx = _step_ctx(static, aux, step, *own)
+    ctx = layer_ctx(static, aux, step, *own)
     out, lse, notes, state = read(ctx, static["recipe"], cache, aux.get("heads", {}), as_stored=as_stored)
     return leave(w, config, x, out), {"own": own, "lse": lse, "state": state}, notes
 
 
 def run_commit(pending, step: Step, cache, aux, **static):
     """What a peeked step writes; a token whose position is EMPTY is not accepted and leaves no trace."""
-    ctx = _step_ctx(static, aux, step, *pending["own"])
+    ctx = layer_ctx(static, aux, step, *pending["own"])
     return write(ctx, static["recipe"], cache, aux.get("heads", {}), pending["lse"], pending["state"])
 
 
@@ -109,20 +110,21 @@ def run_repack(cache, empty, aux, *, config: ModelConfig, recipe: Recipe, old_re
 STATIC = ("config", "recipe", "local", "implementation")
 
 
-def _weights(graph, state) -> dict[str, jax.Array]:
+def weights_of(graph, state) -> dict[str, jax.Array]:
+    """Return the weights of a split block by name."""
     return {n: p[...] for n, p in vars(nnx.merge(graph, state)).items() if isinstance(p, nnx.Param)}
 
 
 @partial(jax.jit, static_argnames=("graph", "order", *STATIC), donate_argnames=("cache",))
 def block_program(state, x, step, cache, aux, *, graph, **static):
     """`run_block` on the split module of one layer; its cache is donated and written in place."""
-    return run_block(_weights(graph, state), x, step, cache, aux, **static)
+    return run_block(weights_of(graph, state), x, step, cache, aux, **static)
 
 
 @partial(jax.jit, static_argnames=("graph", "as_stored", *STATIC))
 def peek_program(state, x, step, cache, aux, *, graph, **static):
     """`run_peek`; nothing is donated."""
-    return run_peek(_weights(graph, state), x, step, cache, aux, **static)
+    return run_peek(weights_of(graph, state), x, step, cache, aux, **static)
 
 
 @partial(jax.jit, static_argnames=STATIC, donate_argnames=("cache",))

@@ -159,11 +159,18 @@ class Session(SessionPrograms):
                 for b in np.flatnonzero((real - 1 >= start) & (real - 1 < stop)):
                     wanted[b] = ends[b]
         self.next_pos = real.astype(np.int32)
-        # what is kept of a shorter prompt has no more slots behind it than what is kept of the longest
-        self.written = np.full_like(self.written, self.prompt) if self.recipe.compresses else real.astype(np.int64)
+        self.written = self._taken(real)
         if rows == "all":
             return streams[0] if len(streams) == 1 else jnp.concatenate(streams, 1)
         return self.layers.logits(jnp.stack(wanted))
+
+    def _taken(self, real: np.ndarray) -> np.ndarray:
+        """int64 [B], room that prompts of `real` [B] tokens have taken; slots that were cut off with a longer prompt are not there."""
+        taken = real.astype(np.int64)
+        widths = {width for i in range(self.config.num_layers) for _, width in self.recipe.kept(i, self.shape)}
+        for width in widths:
+            taken = np.maximum(taken, self.prompt - width + np.minimum(width, real))
+        return taken
 
     def _embed(self, tokens) -> jax.Array:
         return embed_program(self.layers.embed, jnp.asarray(tokens, jnp.int32), scale=self.config.embed_scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -118,7 +118,10 @@ class SessionPrograms:
         self._last = recipe.phases[-1]
         layers = range(self.config.num_layers)
         whole = {phase: [recipe.at(phase, i, self.config) for i in layers] for phase in recipe.phases}
-        self.recipes = {phase: [r.program() for r in rs] for phase, rs in whole.items()}
+        # segments as chains in every phase: recipes that do the same are equal, and a step of one phase may mix with the other's
+        self.recipes = {
+            phase: [replace(r.program(), segments=r.program().chains) for r in rs] for phase, rs in whole.items()
+        }
         self.aux = [jax.tree.map(jnp.asarray, dict(aux[i]) if aux else {}) for i in layers]
         # settings as numbers, by phase and layer
         self.data = {phase: [jax.tree.map(jnp.asarray, r.data()) for r in rs] for phase, rs in whole.items()}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcx.checks import kind
 from lcx.errors import UserError
 from lcx.model_config import ModelConfig
 from lcx.models.decoder import Layers, Model
@@ -53,6 +54,7 @@ class Pretrained:
 
 def load(name: str, dtype: str = "float32", accept_licence: bool = False) -> Pretrained:
     """Load a model by name, path or hub id; arguments and errors are those of `lcx.pretrained.load_arrays`."""
+    kind("model", name, str)
     checkpoint = load_arrays(name, dtype, accept_licence)
     layers = Layers.of(Model(checkpoint.config, {n: jnp.asarray(a) for n, a in checkpoint.arrays.items()}))
     return Pretrained(layers, checkpoint.tokenizer, checkpoint.name, checkpoint.sha256, checkpoint.licence)
