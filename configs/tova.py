@@ -1,4 +1,4 @@
-"""TOVA, Oren et al. 2024, arXiv:2401.06104: what the last query attends to stays, one set per layer."""
+"""TOVA, Oren et al. 2024, arXiv:2401.06104: the tokens that the last query attends to stay, one set per layer."""
 
 from lcx.experiment import Experiment
 from lcx.policies.tova import TOVA

@@ -1,4 +1,4 @@
-"""The most recent tokens alone, no sinks: the baseline that StreamingLLM (arXiv:2309.17453, figure 1b) shows to break."""
+"""Only the most recent tokens, no sinks: the baseline that StreamingLLM (arXiv:2309.17453, figure 1b) shows to break."""
 
 from lcx.experiment import Experiment
 from lcx.policies.sink_window import SinkWindow

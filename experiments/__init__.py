@@ -1,1 +1,1 @@
-"""Commands: flags only; what they do can be imported from lcx."""
+"""Commands that hold flags; their functions can be imported from lcx."""

@@ -18,13 +18,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("head_dim", 128, "Which entry of it.")
     flags.DEFINE_enum("payload", "bf16", list(PAYLOADS), "Of the pages of decode.")
     flags.DEFINE_enum("rows", "8", [str(n) for n in ROWS], "Of queries at most, heads of a group times tokens: decode.")
-    flags.DEFINE_bool("write", False, "Put the fastest into pallas_kernels/tables.py; otherwise it is printed alone.")
+    flags.DEFINE_bool("write", False, "Put the fastest into pallas_kernels/tables.py; otherwise it is only printed.")
     flags.DEFINE_bool("dry_run", False, "No GPU: compile for the H200, measure nothing.")
 
 
 def main() -> None:
-    about = {"payload": FLAGS.payload, "rows": int(FLAGS.rows)}
-    tune(FLAGS.kernel, FLAGS.head_dim, **about, write=FLAGS.write, dry_run=FLAGS.dry_run)
+    settings = {"payload": FLAGS.payload, "rows": int(FLAGS.rows)}
+    tune(FLAGS.kernel, FLAGS.head_dim, **settings, write=FLAGS.write, dry_run=FLAGS.dry_run)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from absl import flags
 
 from experiments import cli
 
-# XLA says for each sort that it cannot time its library's without a GPU
+# XLA logs for each sort that it cannot time its library without a GPU
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 FLAGS = flags.FLAGS

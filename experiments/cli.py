@@ -1,4 +1,4 @@
-"""What the commands share: flags, changes to configs, and one line with exit code 2 for wrong input."""
+"""Shared parts of the commands: flags, changes to configs, and one line with exit code 2 for wrong input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if _has("jax_plugins.xla_cuda13") and not (Path("/dev/nvidia0").exists() and _ha
 
 
 def define_flags(config: str | None = None, several: bool = False) -> None:
-    """The flags of every command that runs a model.
+    """Define the flags of every command that runs a model.
 
     Args:
       config: the default of --config.
@@ -66,7 +66,7 @@ def define_flags(config: str | None = None, several: bool = False) -> None:
 
 
 def arguments() -> list[str]:
-    """The words of the command line that are no flags."""
+    """Return the words of the command line that are no flags."""
     return list(_arguments)
 
 
@@ -82,7 +82,7 @@ def run(name: str, main: Callable[[], None], takes_arguments: bool = False) -> N
     def guarded(argv: Sequence[str]) -> None:
         _arguments[:] = argv[1:]
         if len(argv) > 1 and not takes_arguments:
-            refuse(name, f"argument {argv[1]!r}; allowed are flags alone, such as --model=smollm2-135m")
+            refuse(name, f"argument {argv[1]!r}; allowed are only flags, such as --model=smollm2-135m")
         # absl shows INFO unless told otherwise: JAX's search for other backends and matplotlib's for fonts
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
@@ -91,7 +91,7 @@ def run(name: str, main: Callable[[], None], takes_arguments: bool = False) -> N
         except UserError as error:
             refuse(name, str(error))
         except BrokenPipeError:
-            # the reader of a pipe has gone; what was finished is on disk
+            # the reader of a pipe has gone; finished work is on disk
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
 
@@ -99,7 +99,7 @@ def run(name: str, main: Callable[[], None], takes_arguments: bool = False) -> N
 
 
 def refuse(name: str, problem: str) -> None:
-    # what came from outside must not steer the terminal
+    # text from outside must not steer the terminal
     print(f"{name}: {visible(' '.join(problem.split()), 4_000)}", file=sys.stderr)
     sys.exit(2)
 
@@ -126,47 +126,47 @@ def _parse(name: str, argv: Sequence[str]) -> list[str]:
 
 
 def changes() -> dict[str, str]:
-    """What --config.FIELD=VALUE changes: field -> text."""
+    """Return the changes of --config.FIELD=VALUE: field -> text."""
     return dict(_changes)
 
 
 def config():
-    """The config of --config with its changes and with --chunk_size and --model."""
+    """Return the config of --config with its changes and with --chunk_size and --model."""
     from lcx.config_files import load_config
 
-    found = load_config(flags.FLAGS.config, _changes)
+    loaded = load_config(flags.FLAGS.config, _changes)
     if flags.FLAGS.model is not None:
-        found = replace(found, model=flags.FLAGS.model)
+        loaded = replace(loaded, model=flags.FLAGS.model)
     if flags.FLAGS.chunk_size is not None:
-        found = found.with_chunks(flags.FLAGS.chunk_size)
-    return found
+        loaded = loaded.with_chunks(flags.FLAGS.chunk_size)
+    return loaded
 
 
 def experiment():
-    """The config, which must be that of one method."""
+    """Return the config, which must be that of one method."""
     from lcx.experiment import Experiment
 
-    found = config()
-    if not isinstance(found, Experiment):
+    loaded = config()
+    if not isinstance(loaded, Experiment):
         raise UserError(f"config={flags.FLAGS.config!r} is a sweep; allowed here is the config of one method")
     if flags.FLAGS.implementation is not None:
-        found = replace(found, implementation=flags.FLAGS.implementation)
-    return found
+        loaded = replace(loaded, implementation=flags.FLAGS.implementation)
+    return loaded
 
 
 def with_budget(found, prompt: int):
-    """The experiment with --budget or --keep_ratio of the prompt."""
+    """Return the experiment with --budget or --keep_ratio of the prompt."""
     return found.with_budget(prompt, flags.FLAGS.budget, flags.FLAGS.keep_ratio)
 
 
 def check_model_free(found) -> None:
-    """Refuse before the model is loaded what can be refused without it: a budget where none fits."""
+    """Raise UserError, before the model is loaded, for requests that need no model to be refused: a budget where none fits."""
     if flags.FLAGS.budget is not None or flags.FLAGS.keep_ratio is not None:
         with_budget(found, 1 << 20)
 
 
 def load(found):
-    """The model of a config."""
+    """Load the model of a config."""
     import lcx.models.loading
 
     model = lcx.models.loading.load(found.model, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
@@ -175,7 +175,7 @@ def load(found):
 
 
 def check_writable(name: str, path: str | Path) -> None:
-    """Refuse, before anything runs, a file that could not be written at the end."""
+    """Raise UserError, before anything runs, for a file that could not be written at the end."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{name}={str(path)!r} is a folder; allowed is a file")
@@ -184,7 +184,7 @@ def check_writable(name: str, path: str | Path) -> None:
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 text file, as `lcx.texts.read_file` gives it."""
+    """Read a UTF-8 text file, as `lcx.texts.read_file` gives it."""
     from lcx import texts
 
     return texts.read_file(path)

@@ -14,7 +14,7 @@ from experiments import cli
 from lcx.errors import UserError
 
 FLAGS = flags.FLAGS
-MOST_LINES = 20  # of cells in one sweep alone
+MOST_LINES = 20  # of cells in only one sweep
 STYLES = {"regression": "bold red", "better": "green"}
 SHOWN = (
     ("status", "status"),
@@ -45,14 +45,14 @@ def main() -> None:
         if len(folders) != 2:
             raise UserError(f"give two workdirs, {len(folders)} are given: python -m experiments.compare A B")
         a, b = (load(Path(folder)) for folder in folders)
-        found = compare(a, b, FLAGS.threshold, FLAGS.quality_tolerance)
-        _show(found)
-    if found.regressions:
+        comparison = compare(a, b, FLAGS.threshold, FLAGS.quality_tolerance)
+        _show(comparison)
+    if comparison.regressions:
         sys.exit(1)
 
 
-def _show(found) -> None:
-    """One line a cell with the columns that changed anywhere, then the regressions with their values, and what was not compared."""
+def _show(comparison) -> None:
+    """Print one line a cell with the columns that changed anywhere, then the regressions with their values, and the omitted comparisons."""
     from rich.console import Console
     from rich.text import Text
 
@@ -65,25 +65,25 @@ def _show(found) -> None:
     def say(what: str, style: str = "") -> None:
         console.print(Text(visible(what, 1_000), style), soft_wrap=True)
 
-    changed = {c.name for changes in found.cells.values() for c in changes if c.before != c.after}
-    compared = {c.name for changes in found.cells.values() for c in changes}
+    changed = {c.name for changes in comparison.cells.values() for c in changes if c.before != c.after}
+    compared = {c.name for changes in comparison.cells.values() for c in changes}
     if changed:
-        console.print(_table(found, changed))
-    for cell, change in found.regressions:
+        console.print(_table(comparison, changed))
+    for cell, change in comparison.regressions:
         say(f"regression: {_name(cell)}: {change.name} {change.text}", "red")
-    for name, cells in (("A", found.only_before), ("B", found.only_after)):
+    for name, cells in (("A", comparison.only_before), ("B", comparison.only_after)):
         for cell in cells[:MOST_LINES]:
             say(f"only in {name}: {_name(cell)}")
         if len(cells) > MOST_LINES:
             say(f"only in {name}: {len(cells) - MOST_LINES} more")
-    for note in found.notes:
+    for note in comparison.notes:
         say(note)
     equal = [title for title, name in SHOWN if name not in changed and name in compared]
     if equal:
         say(f"equal in every cell: {', '.join(equal)}")
-    verdicts = [c.verdict for changes in found.cells.values() for c in changes]
+    verdicts = [c.verdict for changes in comparison.cells.values() for c in changes]
     worse, better = verdicts.count("regression"), verdicts.count("better")
-    say(f"{worse} regressions, {better} better, of {len(verdicts)} values in {len(found.cells)} cells")
+    say(f"{worse} regressions, {better} better, of {len(verdicts)} values in {len(comparison.cells)} cells")
     say(RULE)
 
 
@@ -92,7 +92,7 @@ def _name(cell) -> str:
     return f"{method} at {length} tokens, {model}, {dtype}, batch {batch}, seed {seed}"
 
 
-def _table(found, changed: set[str]):
+def _table(comparison, changed: set[str]):
     from rich.text import Text
 
     from lcx.report.compare import CELL
@@ -105,13 +105,15 @@ def _table(found, changed: set[str]):
 
     table = empty_table()
     # method and length always, the others where they differ
-    varies = [i for i, name in enumerate(CELL) if name in ("method", "length") or len({c[i] for c in found.cells}) > 1]
+    varies = [
+        i for i, name in enumerate(CELL) if name in ("method", "length") or len({c[i] for c in comparison.cells}) > 1
+    ]
     columns = [(title, name) for title, name in SHOWN if name in changed]
     for i in varies:
         table.add_column(CELL[i], overflow="fold")
     for title, _ in columns:
         table.add_column(title, no_wrap=True)
-    for cell, changes in found.cells.items():
+    for cell, changes in comparison.cells.items():
         by_name = {change.name: change for change in changes}
         line = [text(cell[i]) for i in varies]
         for _, name in columns:

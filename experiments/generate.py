@@ -17,7 +17,7 @@ def define_flags() -> None:
     cli.define_flags("configs/dense.py")
     flags.DEFINE_string("prompt", None, "What the model continues.")
     flags.DEFINE_string("prompt_file", None, "A UTF-8 text as the prompt.")
-    flags.DEFINE_integer("prompt_tokens", None, "Only so many tokens of the prompt.", lower_bound=1)
+    flags.DEFINE_integer("prompt_tokens", None, "Only this number of tokens of the prompt.", lower_bound=1)
     flags.DEFINE_integer("num_tokens", 64, "New tokens at most.", lower_bound=1)
     flags.DEFINE_enum("draft", None, ["lookup"], "Draft tokens by prompt lookup and check them in one step.")
     flags.DEFINE_integer("draft_tokens", 10, "Tokens drafted at most.", lower_bound=1)
@@ -31,10 +31,10 @@ def main() -> None:
     for name in ("draft_tokens", "draft_ngram"):
         if FLAGS.draft is None and FLAGS[name].present:
             raise UserError(f"{name}={FLAGS[name].value} is for drafts; give --draft=lookup too")
-    found = cli.experiment()
-    cli.check_model_free(found)
+    experiment = cli.experiment()
+    cli.check_model_free(experiment)
     text = FLAGS.prompt if FLAGS.prompt is not None else cli.read_text(FLAGS.prompt_file)
-    model = cli.load(found)
+    model = cli.load(experiment)
 
     from lcx import checks
     from lcx.greedy import Speculation, all_plain, decides_by_step, generate
@@ -55,7 +55,7 @@ def main() -> None:
         raise UserError(f"prompt={text!r} has no token")
     checks.token_ids(ids, 1, model.config.vocab_size)
     model.check_length(len(ids) + FLAGS.num_tokens - 1, FLAGS.allow_extrapolation)
-    session = make_session(model.layers, cli.with_budget(found, len(ids)), len(ids), FLAGS.num_tokens - 1)
+    session = make_session(model.layers, cli.with_budget(experiment, len(ids)), len(ids), FLAGS.num_tokens - 1)
     draft = None if FLAGS.draft is None else Lookup(FLAGS.draft_tokens, FLAGS.draft_ngram)
     width = 0 if draft is None or FLAGS.num_tokens < 3 else 1 + draft.num_tokens
     why = decides_by_step(session)

@@ -1,4 +1,4 @@
-"""Values of flags as text, parsed; every error names the flag, its value and what is allowed."""
+"""Parsers of flag values; every error names the flag, its value and the allowed values."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def whole_numbers(name: str, text: str, least: int = 1) -> tuple[int, ...]:
 
 def words(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
     """Return words with commas between, each of `allowed`."""
-    found = tuple(part.strip() for part in text.split(",") if part.strip())
-    for word in found:
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    for word in parts:
         if word not in allowed:
             raise UserError(f"{name}={word!r}; allowed are {', '.join(allowed)}")
-    return found
+    return parts
 
 
 def pairs(name: str, text: str) -> dict[str, str | int]:
     """Return NAME=VALUE pairs with commas between; a whole number becomes one."""
-    found: dict[str, str | int] = {}
+    values: dict[str, str | int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, equals, value = part.partition("=")
         if not equals or not key.isidentifier():
             raise UserError(f"{name}={part!r}: allowed are NAME=VALUE pairs with commas between")
-        found[key] = int(value) if value.isdecimal() else value
-    return found
+        values[key] = int(value) if value.isdecimal() else value
+    return values
 
 
 def in_bytes(name: str, text: str) -> int:

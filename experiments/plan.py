@@ -1,6 +1,6 @@
 """`python -m experiments.plan --model=llama3-8b --config=configs/dense.py --device=h200`: memory and times of what is not run.
 
-Programs are compiled for the device from shapes alone; no weights, no GPU.
+Programs are compiled for the device from shapes; no weights, no GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from absl import flags
 from experiments import cli
 from lcx.errors import UserError
 
-# a plan asks for programs that do not fit, and XLA says so for each
+# a plan compiles programs that do not fit, and XLA logs each of them
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 FLAGS = flags.FLAGS
@@ -41,7 +41,9 @@ def define_flags() -> None:
     )
     number("budget", None, "Tokens kept per KV head by methods that have a budget.", lower_bound=1)
     flags.DEFINE_float("keep_ratio", None, "The budget as a fraction of the prompt, above 0 and at most 1.")
-    number("reserve_mib", 1_024, "MiB of a device left alone: CUDA context, cuBLAS, fragmentation.", lower_bound=0)
+    number(
+        "reserve_mib", 1_024, "MiB of a device that stay unused: CUDA context, cuBLAS, fragmentation.", lower_bound=0
+    )
     text(
         "implementation",
         None,
@@ -54,7 +56,7 @@ def define_flags() -> None:
 
 
 def experiments() -> dict:
-    """Name -> method of --config."""
+    """Return name -> method of --config."""
     from lcx.config_files import all_configs, load_config
     from lcx.experiment import Experiment
 
@@ -67,35 +69,35 @@ def experiments() -> dict:
         raise UserError(f"config={FLAGS.config!r}: give at least one, or all")
     if changes and len(paths) > 1:
         raise UserError(f"--config.{next(iter(changes))}: changes are for a single config, not for {len(paths)}")
-    found = {}
+    methods = {}
     for path in paths:
         config = load_config(path, changes)
         if not isinstance(config, Experiment):
             if FLAGS.config == "all":
                 continue
             raise UserError(f"config={path!r} is a sweep; allowed here are configs of one method")
-        if Path(path).stem in found:
+        if Path(path).stem in methods:
             raise UserError(f"config: {Path(path).stem!r} appears twice")
-        found[Path(path).stem] = config
-    return found
+        methods[Path(path).stem] = config
+    return methods
 
 
 def names_of_implementations(devices) -> list[str | None]:
-    """What --implementation asks for, as `lcx.backends.choose.resolve` takes it."""
+    """Return the implementations of --implementation, as `lcx.backends.choose.resolve` takes them."""
     from lcx.backends.choose import AUTO, HOPPER
 
     if FLAGS.implementation is None:
         return [None]
-    found = []
+    names = []
     for name in FLAGS.implementation.split(","):
-        if name not in ("xla", "pallas") or name in found:
+        if name not in ("xla", "pallas") or name in names:
             raise UserError(f"implementation={name!r}: allowed are xla, pallas, each once, with a comma between")
-        found.append(name)
-    if "pallas" in found:
+        names.append(name)
+    if "pallas" in names:
         for where in devices:
             if where.target is None or where.target.capability != HOPPER:
                 raise UserError(f"implementation='pallas' on {where.name}: the kernels are for Hopper: h100, h200")
-    return [AUTO if name == "pallas" else name for name in found]
+    return [AUTO if name == "pallas" else name for name in names]
 
 
 def _lengths() -> list[int]:
@@ -106,14 +108,14 @@ def _lengths() -> list[int]:
 
 
 def _out(name: str, suffixes: tuple[str, ...]) -> Path | None:
-    """The path of a flag, refused before anything is compiled where it cannot be written."""
+    """Return the path of a flag, refused before anything is compiled where it cannot be written."""
     value = FLAGS[name].value
     if value is None:
         return None
     path = Path(value)
     if path.suffix not in suffixes or not path.parent.is_dir():
         raise UserError(
-            f"{name}={value!r}: allowed is a file ending in {' or '.join(suffixes)} in a folder that is there"
+            f"{name}={value!r}: allowed is a file ending in {' or '.join(suffixes)} in a folder that exists"
         )
     cli.check_writable(name, path)
     return path
@@ -129,12 +131,12 @@ def main() -> None:
     from lcx.plan import device, plan, shape, show
     from lcx.plan.rows import PlanRow
 
-    found, lengths = experiments(), _lengths()
+    methods, lengths = experiments(), _lengths()
     out, figure = _out("out", (".json", ".jsonl")), _out("figure", (".png", ".svg"))
     devices = [device(part.strip()) for part in FLAGS.device.split(",")]
     if len({d.name for d in devices}) < len(devices):
         raise UserError(f"device={FLAGS.device!r}: give each once")
-    models = {FLAGS.model or e.model for e in found.values()}
+    models = {FLAGS.model or e.model for e in methods.values()}
     if len(models) > 1:
         raise UserError(f"config: these configs are for {', '.join(sorted(models))}; name one with --model")
     model = shape(models.pop())
@@ -144,7 +146,7 @@ def main() -> None:
     if FLAGS.check:
         from lcx.plan.check import check
 
-        for line in check(model, found, lengths, FLAGS.chunk_size, settings):
+        for line in check(model, methods, lengths, FLAGS.chunk_size, settings):
             console.print(line, markup=False, soft_wrap=True)
         return
 
@@ -159,7 +161,7 @@ def main() -> None:
     for name in names_of_implementations(devices):
         more = plan(
             model,
-            found,
+            methods,
             devices,
             lengths,
             chunk_size=FLAGS.chunk_size,

@@ -44,10 +44,10 @@ def main() -> None:
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise UserError(f"out={FLAGS.out!r}: allowed is a .npz file in a folder that exists")
     cli.check_writable("out", out)
-    found = cli.experiment()
-    cli.check_model_free(found)
+    experiment = cli.experiment()
+    cli.check_model_free(experiment)
     text = cli.read_text(FLAGS.text_file)
-    model = cli.load(found)
+    model = cli.load(experiment)
 
     import numpy as np
 
@@ -58,11 +58,11 @@ def main() -> None:
     if len(ids) < wanted:
         raise UserError(f"text_file={FLAGS.text_file!r} has {len(ids)} tokens, {wanted} are needed")
     model.check_length(wanted - 1, FLAGS.allow_extrapolation)
-    found = cli.with_budget(found, prompt or wanted - 1)
+    experiment = cli.with_budget(experiment, prompt or wanted - 1)
     if prompt is None:
-        score = score_text(model.layers, found, ids[:wanted])
+        score = score_text(model.layers, experiment, ids[:wanted])
     else:
-        score = score_continuation(model.layers, found, ids[:wanted], prompt)
+        score = score_continuation(model.layers, experiment, ids[:wanted], prompt)
     with out.open("wb") as file:
         np.savez_compressed(file, nll=score.nll, ids=score.ids)
     line = {

@@ -112,14 +112,14 @@ def _plan(sweep, settings, models, axes) -> None:
     devices = [device(part.strip()) for part in FLAGS.plan.split(",")]
     if len({d.name for d in devices}) < len(devices):
         raise UserError(f"plan={FLAGS.plan!r}: give each device once")
-    found, shapes = specs(sweep, settings, models=models, **axes), {m: shape(m) for m in models}
+    points, shapes = specs(sweep, settings, models=models, **axes), {m: shape(m) for m in models}
     console = Console(highlight=False)
     with console.status("compiling ...") as status:
 
         def on_row(row) -> None:
             status.update(f"compiled {row.job.method}, {row.at.length:,} tokens, {row.job.device.name}")
 
-        rows = planned_rows(found, shapes, devices, on_row)
+        rows = planned_rows(points, shapes, devices, on_row)
     wide = Console(highlight=False, width=max(console.width, 132))
     for table in dict.fromkeys((r.job.device.name, r.job.model.name, r.job.dtype, r.job.setting.batch) for r in rows):
         mine = [r for r in rows if (r.job.device.name, r.job.model.name, r.job.dtype, r.job.setting.batch) == table]

@@ -4,7 +4,7 @@
     model = lcx.load("smollm2-135m")
     session = lcx.Session(model.layers, lcx.Recipe(), prompt=1_024)
 
-Names are imported where they are first used, so that `lcx.pretrained` alone stays free of JAX.
+Names are imported where they are first used, so that `lcx.pretrained` on its own stays free of JAX.
 """
 
 import importlib

@@ -26,7 +26,7 @@ LARGE = 1 << 20  # a budget above every sink and observation window
 # one dict a layer: {"heads": {name: int [R]}, "arrays": {name: array}}
 Aux = Sequence[dict[str, Any]]
 
-# what a part may need from the others of its chain, in the words of an error
+# facts that a part may need from the others of its chain, in the words of an error
 FACTS = {
     "ordered": "slots that are filled in the order of the text",
     "single tokens": "slots that are written one by one, not in pages",
@@ -47,7 +47,7 @@ class Array:
       shape: without the axis of the heads.
       dtype: of the values.
       per: "query head" for [H,*shape], "KV head" for [K,*shape], "layer" for [*shape].
-      optional: whether the method works without it.
+      optional: True where the method works without the array.
     """
 
     shape: tuple[int, ...] = ()
@@ -56,7 +56,7 @@ class Array:
     optional: bool = False
 
     def full(self, model: ModelConfig) -> tuple[int, ...]:
-        """Shape of the array as aux holds it."""
+        """Return the shape of the array in aux."""
         heads = {"query head": (model.num_heads,), "KV head": (model.num_kv_heads,), "layer": ()}
         return (*heads[self.per], *self.shape)
 
@@ -103,14 +103,14 @@ class Part:
 
 
 class Pattern(Part):
-    """Which keys a query reads.  The base reads all that is causal.
+    """Choice of the keys that a query reads.  The base reads every causal key.
 
     A method overrides `mask` (by position) or `visit` (page lists); both see the heads of one chain.
     """
 
     visits: ClassVar[tuple[str, ...]] = ()  # "held", "own": the keys for which `visit` lists pages
     one_shot: ClassVar[bool] = False  # prefill needs the whole prompt in one step
-    step_multiple: int = 1  # prefill steps begin at multiples of so many tokens
+    step_multiple: int = 1  # prefill steps begin at multiples of this number of tokens
     turns: ClassVar[bool] = False  # rotates by `rope_pos`, so that segments hold keys before RoPE
 
     def mask(self, ctx) -> Mask | None:
@@ -140,7 +140,7 @@ class Pattern(Part):
 
 @dataclass(frozen=True)
 class Visits:
-    """What a pattern reads in one step.
+    """Pages that a pattern reads in one step.
 
     Attributes:
       pages: segment name, or "own" -> one `Visit` or several disjoint ones.
@@ -153,7 +153,7 @@ class Visits:
 
 @dataclass(frozen=True)
 class Causal(Pattern):
-    """Every query reads every token before it and itself."""
+    """Pattern in which every query reads itself and every token before it."""
 
     exact = "Always."
 
@@ -162,14 +162,14 @@ CAUSAL = Causal()
 
 
 class Policy(Part):
-    """Which tokens stay.  Acts after every step."""
+    """Choice of the tokens that stay.  Acts after every step."""
 
     shared: ClassVar[bool] = False  # one kept set for all KV heads of the layer: positions are stored once
     ordered: ClassVar[bool] = False  # slots are filled in order of the text, and nothing is evicted
     state: ClassVar[Mapping[str, Any]] = {}  # per-slot arrays: name -> dtype
 
     def capacity(self, tokens: int, page: int) -> int:
-        """Return the slots needed when `tokens` tokens in all pass through; at most `tokens`, rounded up to `page`."""
+        """Return the slots needed when a total of `tokens` tokens pass through; at most `tokens`, rounded up to `page`."""
         raise NotImplementedError
 
     def handed(self, tokens: int) -> int:
@@ -182,7 +182,7 @@ class Policy(Part):
 
 
 class Compress(Part):
-    """Which tokens stay at the end of the prompt.  Acts once; until then the whole prompt is held."""
+    """Choice of the tokens that stay at the end of the prompt.  Acts once; until then the whole prompt is held."""
 
     lacks = frozenset({"all attention"})
     shared: ClassVar[bool] = False
@@ -216,7 +216,7 @@ class Compress(Part):
 
 
 class Codec(Part):
-    """How a slot is written.  The base has no page; a paged codec encodes `page` neighbouring tokens together."""
+    """Format of a slot.  The base has no page; a paged codec encodes `page` neighbouring tokens together."""
 
     page: int = 1
     raw: ClassVar[bool] = False  # keys come before RoPE
@@ -245,7 +245,7 @@ class Codec(Part):
         return None
 
     def at_limit(self, tokens):
-        # what is rounded has no setting at which it is not
+        # a codec that rounds has no setting at which it does not
         return RawExact() if self.raw else Exact()
 
     def check(self, size: Size) -> None:
@@ -258,7 +258,7 @@ ALIGNED, ALIGNED_FROM = 64, 4_096
 
 @dataclass(frozen=True)
 class KeepAll(Policy):
-    """Keeps every token, in the order of the text."""
+    """Policy that keeps every token, in the order of the text."""
 
     exact = "Always."
     shared = True

@@ -1,4 +1,4 @@
-"""What a segment of one layer remembers, and the one function that writes it.
+"""Memory of a segment in one layer, and the one function that writes it.
 
 `Slots` is a pytree of static shape: a codec's payload, the position of the token in each slot, and the state that a policy or a pattern
 keeps beside.  Slot order carries no meaning: growth, eviction, paging, padding and rejected drafts are one thing, some slots hold tokens.
@@ -58,7 +58,7 @@ class Leaf:
 @partial(jax.tree_util.register_dataclass, data_fields=["payload", "pos", "state"], meta_fields=[])
 @dataclass(frozen=True)
 class Slots:
-    """One segment of one layer.
+    """Slots of one segment in one layer.
 
     Attributes:
       payload: the codec's arrays, see `Leaf`.
@@ -85,7 +85,7 @@ class Tokens:
 @partial(jax.tree_util.register_dataclass, data_fields=["idx", "tokens"], meta_fields=[])
 @dataclass(frozen=True)
 class Edit:
-    """What a layer wants written: token n of `tokens` goes to slot `idx[..., n]`; a slot number of S or more drops it.
+    """Requested write of a layer: token n of `tokens` goes to slot `idx[..., n]`; a slot number of S or more drops it.
 
     idx is int32 [B,R|1,N].  For a codec with pages it is page-aligned: slots of a page follow one another.
     """
@@ -97,11 +97,11 @@ class Edit:
 @partial(jax.tree_util.register_dataclass, data_fields=["segments", "probe"], meta_fields=[])
 @dataclass(frozen=True)
 class LayerCache:
-    """Everything that one layer remembers.
+    """Memory of one layer.
 
     Attributes:
       segments: name -> Slots.
-      probe: the last queries of the prompt, {"q": [B,K,G,W,D], "pos": [B,W]} and "q_raw" where it is asked for; None after the prompt.
+      probe: the last queries of the prompt, {"q": [B,K,G,W,D], "pos": [B,W]} and "q_raw" where it is requested; None after the prompt.
     """
 
     segments: dict[str, Slots]
@@ -111,13 +111,13 @@ class LayerCache:
         return self.segments[name]
 
     def parts(self) -> dict[str, Any]:
-        """Name -> arrays, the probe among them, for those who count bytes."""
+        """Return the arrays by name, the probe among them, for those who count bytes."""
         return self.segments | ({} if self.probe is None else {"(probe)": self.probe})
 
 
 @dataclass(frozen=True)
 class Store:
-    """How a codec's slots are made, read and written, for one size.  `ctx` is that of the step, where there is one."""
+    """Access to the slots of a codec at one size: they are made, read and written here.  `ctx` is that of the step, where there is one."""
 
     codec: Any
     size: Size
@@ -129,7 +129,7 @@ class Store:
 
     @property
     def plain(self) -> bool:
-        """Whether slots hold keys and values in the model's own type, so that decoding them is no work."""
+        """Return True where slots hold keys and values in the model's own type, so that decoding them is no work."""
         return self.codec.plain and all(leaf.dtype == self.size.dtype for leaf in self.leaves.values())
 
     def empty(self, batch: int, pos_rows: int, slots: int, state: Mapping[str, Any]) -> Slots:
@@ -188,7 +188,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Held:
-    """A segment's slots with two ways to read them: `source` as attention does (rotated), `store` as they were written."""
+    """Slots of a segment with two ways to read them: `source` as attention does (rotated), `store` as they were written."""
 
     slots: Slots
     source: Source
@@ -200,12 +200,12 @@ class Held:
 
     @property
     def rows(self) -> int:
-        """R, KV heads of the segment in this layer."""
+        """Number R of KV heads of the segment in this layer."""
         return self.store.size.rows
 
 
 def _take(x: jax.Array, at: jax.Array) -> jax.Array:
-    """The slots at [B,R|1,n] of an array [B,R|1,S,...]."""
+    """Return the slots at [B,R|1,n] of an array [B,R|1,S,...]."""
     at = jnp.broadcast_to(at, (*x.shape[:2], at.shape[2]))
     return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 3)), 2)
 
@@ -222,12 +222,12 @@ def _scatter(target, axis: int, idx, value):
 
 
 def device_bytes(tree) -> int:
-    """Bytes that the arrays occupy on their device; an int4 value counts half a byte."""
+    """Return the bytes that the arrays occupy on their device; an int4 value counts half a byte."""
     return sum(x.on_device_size_in_bytes() for x in jax.tree.leaves(tree))
 
 
 def shape_bytes(tree) -> int:
-    """The same for shapes and dtypes alone, as `jax.eval_shape` returns them."""
+    """Return the bytes of shapes and dtypes, as `jax.eval_shape` returns them."""
     total = 0
     for x in jax.tree.leaves(tree):
         bits = jnp.iinfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo(x.dtype).bits

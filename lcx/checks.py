@@ -1,4 +1,4 @@
-"""What public entries check before anything runs: ids, shapes, lengths, room, order.  Every error is one line."""
+"""Checks of the public entries before anything runs: ids, shapes, lengths, room, order.  Every error is one line."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def config_path(name: str) -> Path:
-    """Where a config lies: relative to the working folder, else to the checkout.
+    """Return the path of a config: relative to the working folder, else to the checkout.
 
     Raises:
       UserError: there is no such file; names the nearest.
@@ -43,7 +43,7 @@ def config_path(name: str) -> Path:
 
 
 def all_configs() -> list[Path]:
-    """The configs of the checkout."""
+    """Return the configs of the checkout."""
     return sorted(p for p in (ROOT / "configs").glob("*.py") if p.name[0] != "_")
 
 
@@ -79,7 +79,7 @@ def load_config(name: str | Path, changes: Mapping[str, str] | None = None) -> E
 
 
 def change(value: Any, key: str, text: str, done: str = "config") -> Any:
-    """`value` with the field at the dotted `key` set to `text`, read in the type of the field.
+    """Return `value` with the field at the dotted `key` set to `text`, read in the type of the field.
 
     Raises:
       UserError: no such field (names the nearest), or a text that the field cannot take.
@@ -113,7 +113,7 @@ def _fields(value) -> list[str]:
 
 
 def parse(text: str, kind, where: str):
-    """A text read as int, float, bool, str, None or a tuple of them, as the field's type says."""
+    """Read a text as int, float, bool, str, None or a tuple of them, by the field's type."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     for option in options:
         try:

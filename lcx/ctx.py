@@ -1,4 +1,4 @@
-"""What a method may look at: one page that its author can read whole."""
+"""Context of a method: one page that its author can read whole."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lcx.ops.masks import Mask
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Step:
-    """Where the tokens of one step stand.
+    """Places of one step's tokens.
 
     Attributes:
       pos: int32 [B,T], positions in the text, EMPTY for padding.
@@ -32,7 +32,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Ctx:
-    """A step as the KV heads of one chain (R rows) see it.  Arrays that nobody reads cost nothing under jit.
+    """View of a step by the KV heads of one chain (R rows).  Unread arrays cost nothing under jit.
 
     Attributes:
       q: [B,R,G,T,D], rotated as attention uses it.   q_raw: before RoPE.
@@ -70,7 +70,7 @@ class Ctx:
 
     @property
     def last_pos(self) -> jax.Array:
-        """int32 [B], position of the last real token of each row."""
+        """Return int32 [B], the position of the last valid token of each row."""
         return jnp.max(self.pos, axis=-1)
 
     @property
@@ -79,11 +79,11 @@ class Ctx:
         return tokens_source(self.k, self.v, self.pos)
 
     def attend(self, source: Source, mask: Mask | None = None) -> Partial:
-        """Attention of these queries over one source, by XLA; `mask` instead of the step's own."""
+        """Compute attention of these queries over one source, by XLA; `mask` instead of the step's own."""
         return ops.attend(self.q, source, self.pos, scale=self.scale, mask=self.mask if mask is None else mask)
 
     def mass(self, source: Source, lse: jax.Array | None = None) -> jax.Array:
-        """Probability that each key of `source` gets from these queries, summed over them, float32 [B,R,G,S].
+        """Return the probability that each key of `source` gets from these queries, summed over them, float32 [B,R,G,S].
 
         `lse` [B,R,G,T] is over all keys that the queries saw; None: that of the step's attention.
         """
@@ -111,23 +111,23 @@ class Ctx:
         return replace(self, q=pick(self.q), q_raw=some(self.q_raw), pos=pos, lse=some(self.lse))
 
     def score_minmax(self, low: jax.Array, high: jax.Array) -> jax.Array:
-        """Upper bound of q.k over pages, `ops.block_scores.score_minmax`."""
+        """Return the upper bound of q.k over pages, `ops.block_scores.score_minmax`."""
         return choose.score_minmax(self.q, low, high, implementation=self.implementation)
 
     def antidiagonal_mass(self, sources: Sequence[Source], *, stride: int, block: int) -> list[jax.Array]:
-        """Attention mass between blocks, estimated along antidiagonals, `ops.antidiagonal.antidiagonal_mass`."""
+        """Return the attention mass between blocks, estimated along antidiagonals, `ops.antidiagonal.antidiagonal_mass`."""
         asked = {"stride": stride, "block": block, "scale": self.scale}
         return antidiagonal_mass(self.q, sources, self.pos, **asked)
 
     def score_probe(self, q: jax.Array, k: jax.Array, **asked) -> tuple[jax.Array, jax.Array]:
-        """Attention mass of the last queries by key and by distance, `ops.block_scores.score_probe`."""
+        """Return the attention mass of the last queries by key and by distance, `ops.block_scores.score_probe`."""
         asked = {"scale": self.scale, "window": self.window} | asked
         return choose.score_probe(q, k, implementation=self.implementation, **asked)
 
 
 def last_places(pos: jax.Array, count: int) -> jax.Array:
-    """int32 [B,count]: places of the last `count` real tokens of each row; rows with fewer begin with padding."""
+    """Return int32 [B,count]: places of the last `count` valid tokens of each row; rows with fewer begin with padding."""
     if count > pos.shape[-1]:
-        raise ValueError(f"{count} queries wanted of {pos.shape[-1]}")
+        raise ValueError(f"count={count} places of a step with {pos.shape[-1]} tokens; ask for at most that number")
     order = jnp.argsort(pos != EMPTY, axis=-1, stable=True)
     return order[:, order.shape[1] - count :]

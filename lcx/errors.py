@@ -11,6 +11,6 @@ class UserError(ValueError):
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """` ; did you mean 'x'?` for the allowed name that looks most like `name`, or an empty string."""
-    found = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
-    return f" ; did you mean {found[0]!r}?" if found else ""
+    """Return ` ; did you mean 'x'?` for the allowed name that looks most like `name`, or an empty string."""
+    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" ; did you mean {matches[0]!r}?" if matches else ""

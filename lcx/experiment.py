@@ -1,4 +1,4 @@
-"""What a config file returns: a recipe with all that a run of it needs, frozen and typed."""
+"""Values that a config file returns: a recipe with all that a run of it needs, frozen and typed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_PAPER: Mapping[str, float] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Experiment:
-    """One method as it is run.
+    """One method with the settings of its run.
 
     Attributes:
       recipe: the method.
@@ -51,11 +51,11 @@ class Experiment:
             self.aux.check_weights(model, sha256)
 
     def with_chunks(self, size: int) -> Experiment:
-        """The same with the prompt read in chunks of `size` tokens."""
+        """Return the experiment with the prompt read in chunks of `size` tokens."""
         return replace(self, schedule=Chunked(size))
 
     def with_budget(self, prompt: int, budget: int | None = None, keep_ratio: float | None = None) -> Experiment:
-        """The same with another budget: tokens per KV head, or a fraction of the prompt, floored.
+        """Return the experiment with another budget: tokens per KV head, or a fraction of the prompt, floored.
 
         Raises:
           UserError: both are given, a value is out of range, or the recipe has no budget.
@@ -100,5 +100,5 @@ class Sweep:
     text: str = "pride_and_prejudice"
 
     def with_chunks(self, size: int) -> Sweep:
-        """The same with every prompt read in chunks of `size` tokens."""
+        """Return the sweep with every prompt read in chunks of `size` tokens."""
         return replace(self, chunk_size=size)

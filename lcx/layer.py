@@ -1,4 +1,4 @@
-"""What one layer does with its attention: `read` the segments and the step's own tokens, then `write`.
+"""Attention of one layer: `read` the segments and the step's own tokens, then `write`.
 
 `attention` serves one-shot prefill, chunked prefill and decode alike; `repack` turns the cache of the prompt into that of decoding.
 """
@@ -28,16 +28,16 @@ Notes = dict[str, jax.Array]  # what a step counts beside its result, int32 []
 
 
 def is_raw(chain: Chain, pattern: Pattern) -> bool:
-    """Whether a chain's slots hold keys before RoPE: one property of the whole chain, whose tokens move from link to link."""
+    """Return True where a chain's slots hold keys before RoPE: one property of the whole chain, whose tokens move from link to link."""
     return pattern.turns or any(s.codec.raw for s in chain)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A chain as a step reads it.
+    """One chain prepared for reading in one step.
 
     Attributes:
-      ctx: of the chain's heads, rotated and masked as its pattern wants it.
+      ctx: context of the chain's heads, rotated and masked as the pattern wants.
       turned: segment name -> positions that its keys are rotated by, where they are not the slots' own.
     """
 
@@ -51,20 +51,20 @@ class Reading:
         return is_raw(self.chain, self.pattern)
 
     def held(self, segments: Mapping[str, Slots]) -> dict[str, Held]:
-        """The segments as sources."""
+        """Return the segments as sources."""
         R, D = self.ctx.q.shape[1], self.ctx.q.shape[-1]
         dtype = self.ctx.q.dtype if self.ctx.v is None else self.ctx.v.dtype
-        found = {}
+        result = {}
         for s in self.chain:
             store = Store(s.codec, Size(R, D, dtype), self.ctx.for_part(s.name, "codec"))
             slots = segments[s.name]
             source = held_source(store, slots, self.ctx.rotate if self.raw else None, self.turned.get(s.name))
-            found[s.name] = Held(slots, source, store)
-        return found
+            result[s.name] = Held(slots, source, store)
+        return result
 
 
 def open_chain(ctx: Ctx, chain: Chain, pattern: Pattern, segments: Mapping[str, Slots]) -> Reading:
-    """A chain's ctx: rotated by the pattern's positions where it has some, masked by pattern and model window."""
+    """Return a chain's ctx: rotated by the pattern's positions where it has some, masked by pattern and model window."""
     turned: dict[str, jax.Array] = {}
     ctx = ctx.for_part("", "pattern")
     if pattern.turns:
@@ -77,7 +77,7 @@ def open_chain(ctx: Ctx, chain: Chain, pattern: Pattern, segments: Mapping[str, 
 
 
 def held_source(store: Store, slots: Slots, rotate=None, rope_pos=None) -> Source:
-    """A segment as a source.  `rotate` turns raw keys after decoding, by `rope_pos` [B,R|1,S] (None: the slots' own)."""
+    """Return a segment as a source.  `rotate` turns raw keys after decoding, by `rope_pos` [B,R|1,S] (None: the slots' own)."""
     turn = slots.pos if rope_pos is None else rope_pos
 
     def tile(start, size):
@@ -103,7 +103,7 @@ def held_source(store: Store, slots: Slots, rotate=None, rope_pos=None) -> Sourc
 
 
 def gather_pos(pos: jax.Array, pages: jax.Array, size: int) -> jax.Array:
-    """Positions [B,R,N * size] of the pages [B,R,N] of `size` slots."""
+    """Return the positions [B,R,N * size] of the pages [B,R,N] of `size` slots."""
     at = slots_of(pages, size, pos.shape[2])
     return jnp.take_along_axis(jnp.broadcast_to(pos, (*at.shape[:2], pos.shape[2])), at, 2)
 
@@ -114,14 +114,14 @@ def gather_pos(pos: jax.Array, pages: jax.Array, size: int) -> jax.Array:
 def read(
     ctx: Ctx, recipe: Recipe, cache: LayerCache, heads: Heads, *, own: bool = True, as_stored: bool = False
 ) -> tuple[jax.Array, jax.Array, Notes, dict[str, dict[str, jax.Array]]]:
-    """Attention of one step over what is held and, unless they are held already, its own tokens.
+    """Compute one step's attention over the held tokens and, unless they are held already, its own tokens.
 
     Args:
       ctx: all KV heads of the layer.
       recipe: of this phase and layer, static.
       cache: as it is before the step writes, or after it where `own` is False.
       heads: the KV heads of named segments.
-      own: whether the step's own tokens are read as they are, beside the segments.
+      own: True where the step's own tokens are read as they are, beside the segments.
       as_stored: a token reads those before it in the step as the first segment of its chain will hold them.
 
     Returns:
@@ -174,7 +174,7 @@ def _read_chain(
 
 
 def _own_as_stored(reading: Reading, store: Store) -> Source:
-    """The step's own tokens as a segment will hold them: encoded, and decoded where they are read."""
+    """Return the step's own tokens as a segment will hold them: encoded, and decoded where they are read."""
     ctx = reading.ctx
     B, T = ctx.pos.shape
     new = Tokens(ctx.k_raw if reading.raw else ctx.k, ctx.v, ctx.pos[:, None])
@@ -187,7 +187,7 @@ def _rows(chain: Chain, heads: Heads) -> jax.Array | None:
 
 
 def _unsplit(parts: Sequence[jax.Array], rows: Sequence[jax.Array]) -> jax.Array:
-    """Parts of the KV heads [B,R,...] back into one array in the model's order."""
+    """Join parts of the KV heads [B,R,...] into one array in the model's order."""
     return jnp.concatenate(parts, 1)[:, jnp.argsort(jnp.concatenate(rows))]
 
 
@@ -202,12 +202,12 @@ def write(
     lse: jax.Array | None,
     state: Mapping[str, dict[str, jax.Array]] | None = None,
 ) -> LayerCache:
-    """The cache with the step's own tokens in it: each chain admits, evicts and hands down.
+    """Return the cache with the step's own tokens in it: each chain admits, evicts and hands down.
 
     Args:
       ctx, recipe, heads: as in `read`; a token whose position is EMPTY leaves no trace.
       cache: before the step.
-      lse: what `read` returned; None where no policy asks for attention.
+      lse: result of `read`; None where no policy needs attention.
       state: likewise.
     """
     segments = dict(cache.segments)
@@ -221,8 +221,8 @@ def write(
             if name in held:
                 slots = held[name].slots
                 held[name] = replace(held[name], slots=replace(slots, state=slots.state | changed))
-        here = reading.ctx
-        new = Tokens(here.k_raw if reading.raw else here.k, here.v, here.pos[:, None])
+        own = reading.ctx
+        new = Tokens(own.k_raw if reading.raw else own.k, own.v, own.pos[:, None])
         segments |= _write_chain(reading, held, new)
     probe = None if cache.probe is None else update_probe(cache.probe, ctx)
     return LayerCache(segments, probe)
@@ -233,15 +233,15 @@ def _write_chain(reading: Reading, held: Mapping[str, Held], new: Tokens) -> dic
     written = {}
     incoming: Tokens | None = new
     for s in reading.chain:
-        here = held[s.name]
-        if incoming is None or here.pos.shape[-1] == 0:
+        segment = held[s.name]
+        if incoming is None or segment.pos.shape[-1] == 0:
             # nothing falls, or no page ever will: the texts are shorter than the segment before holds
-            written[s.name] = here.slots
+            written[s.name] = segment.slots
             continue
         count = incoming.pos.shape[-1]
-        slots, edit, handed = s.policy.edit(reading.ctx.for_part(s.name, "policy"), here, incoming)
+        slots, edit, handed = s.policy.edit(reading.ctx.for_part(s.name, "policy"), segment, incoming)
 
-        def put(slots: Slots, edit: Edit, store=here.store, count=count) -> Slots:
+        def put(slots: Slots, edit: Edit, store=segment.store, count=count) -> Slots:
             after = store.commit(slots, edit)
             return reading.pattern.summarise(reading.ctx, store, slots, after, count)
 
@@ -256,7 +256,7 @@ def _write_chain(reading: Reading, held: Mapping[str, Held], new: Tokens) -> dic
 
 
 def update_probe(probe: dict[str, jax.Array], ctx: Ctx) -> dict[str, jax.Array]:
-    """The last real queries of the prompt so far: {"q": [B,K,G,W,D], "pos": [B,W]} and "q_raw" where it is kept."""
+    """Return the last valid queries of the prompt so far: {"q": [B,K,G,W,D], "pos": [B,W]}, and "q_raw" where it is kept."""
     width = probe["pos"].shape[1]
     both_pos = jnp.concatenate([probe["pos"], ctx.pos], 1)
     idx = last_places(both_pos, width)
@@ -267,18 +267,18 @@ def update_probe(probe: dict[str, jax.Array], ctx: Ctx) -> dict[str, jax.Array]:
     return result
 
 
-# ---- both
+# ---- a whole layer
 
 
 def attention(
     ctx: Ctx, recipe: Recipe, cache: LayerCache | None, heads: Heads, *, order: str = "attend"
 ) -> tuple[jax.Array, LayerCache | None, Notes]:
-    """Attention of one layer under a recipe, and its cache afterwards.
+    """Compute the attention of one layer under a recipe, and its cache afterwards.
 
     Args:
       ctx: all KV heads of the layer.
       recipe: of this phase and layer (`Recipe.at`), static.
-      cache: of this layer; None: no memory, the step's own tokens alone.
+      cache: of this layer; None: no memory, only the step's own tokens.
       heads: the KV heads of named segments.
       order: "attend" reads what is held and the step's own tokens, then writes; "write" writes first and reads every token as it is
         stored.
@@ -302,7 +302,7 @@ def attention(
 
 
 def _nothing(ctx: Ctx, recipe: Recipe, heads: Heads) -> LayerCache:
-    """Segments without slots."""
+    """Return segments without slots."""
     segments: dict[str, Slots] = {}
     B, K, _, D = ctx.k.shape
     for chain in recipe.chains:
@@ -324,7 +324,7 @@ def repack(
     heads: Heads,
     widths: Mapping[str, int],
 ) -> LayerCache:
-    """The cache of the prompt turned into that of decoding: choose, then write what stays into new segments.
+    """Turn the cache of the prompt into that of decoding: choose, then write the kept tokens into new segments.
 
     Args:
       ctx: `q`, `pos` are the probe (the last queries of the prompt); k and v are None.
@@ -344,18 +344,18 @@ def repack(
         if index is not None and index.shape[0] == 0:
             result |= {s.name: empty[s.name] for s in chain}
             continue
-        here = ctx.heads(index)
-        # the probe votes with what it saw
-        before = open_chain(here, old_chain, old_recipe.pattern, cache.segments)
+        whole = ctx.heads(index)
+        # the probe votes with the keys that it saw
+        before = open_chain(whole, old_chain, old_recipe.pattern, cache.segments)
         held = before.held(cache.segments)[old_chain[0].name]
         kept = _choose(compress, before.ctx.for_part(chain[0].name, "compress"), held, widths[chain[0].name])
-        after = Reading(chain, recipe.pattern, here, {})
+        after = Reading(chain, recipe.pattern, whole, {})
         result |= _write_chain(after, after.held(empty), kept)
     return LayerCache(result)
 
 
 def _choose(compress: Compress, ctx: Ctx, held: Held, most: int) -> Tokens:
-    """The best tokens of each row in the order of the text; empty places come last."""
+    """Choose the best tokens of each row in the order of the text; empty places come last."""
     S = held.pos.shape[-1]
     width = min(most, S)
     rows = 1 if compress.shared else held.rows
@@ -363,7 +363,7 @@ def _choose(compress: Compress, ctx: Ctx, held: Held, most: int) -> Tokens:
     score = jnp.where(pos == EMPTY, -jnp.inf, compress.score(ctx, held))
     keep = compress.keep(ctx, jnp.sum(pos[:, 0] != EMPTY, -1))
     _, kept = lax.top_k(score, width)
-    # layers share a width, and have budgets of their own: what ranks behind the budget is not kept
+    # layers share a width, and have budgets of their own: tokens ranked behind the budget are not kept
     behind = jnp.arange(width) >= jnp.reshape(keep, (-1, 1, 1))
     kept_pos = jnp.where(behind, EMPTY, jnp.take_along_axis(pos, kept, -1))
     order = jnp.argsort(jnp.where(kept_pos == EMPTY, S, kept), -1)

@@ -1,4 +1,4 @@
-"""The methods that lcx has: a table of every config, made from the configs themselves, and the card of one.
+"""Methods of lcx: a table of every config, made from the configs themselves, and the card of one.
 
 python -m lcx.methods               the table, as the README has it
 python -m lcx.methods --name=snapkv  one method: its axes, settings, exact limits, arrays and the paper's figures
@@ -16,42 +16,42 @@ from lcx.experiment import Experiment
 from lcx.model_config import ModelConfig
 
 AXES = {"compress": "policy (end of prompt)"}
-# sizes that declared arrays are shown for
+# a card prints the shapes of arrays for these sizes
 SHAPE = ModelConfig("smollm2-135m", 30, 576, 9, 3, 64, 1_536, 49_152, 8_192)
 
 
 def experiments() -> dict[str, Experiment]:
-    """Every config of one method, by name."""
+    """Return every config of one method, by name."""
     loaded = {path.stem: load_config(path) for path in all_configs()}
     return {name: value for name, value in loaded.items() if isinstance(value, Experiment)}
 
 
 def axes(experiment: Experiment) -> list[str]:
-    """The axes on which a method makes a choice, each once."""
-    found: dict[str, None] = {}
+    """Return the axes on which a method makes a choice, each once."""
+    chosen: dict[str, None] = {}
     for choice in experiment.recipe.describe():
         axis = choice.axis.split(" of ")[0]
-        found[AXES.get(axis, axis)] = None
+        chosen[AXES.get(axis, axis)] = None
     if any(len(chain) > 1 for chain in experiment.recipe.chains):
-        found["chain"] = None
+        chosen["chain"] = None
     if experiment.schedule != Experiment(experiment.recipe).schedule:
-        found["schedule"] = None
+        chosen["schedule"] = None
     # dense attention chooses nothing
-    return [axis for axis in found if experiment.recipe != type(experiment.recipe)()]
+    return [axis for axis in chosen if experiment.recipe != type(experiment.recipe)()]
 
 
 def table() -> str:
-    """The README's table: config, what it is, axes, what was verified."""
+    """Return the README's table: config, description, axes, verification."""
     lines = ["| config | method | axes | verified |", "| --- | --- | --- | --- |"]
     for name, experiment in experiments().items():
-        about = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", experiment.about)
+        description = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", experiment.about)
         verified = ", ".join(("limit", *experiment.verified))
-        lines.append(f"| [`{name}`](configs/{name}.py) | {about} | {', '.join(axes(experiment))} | {verified} |")
+        lines.append(f"| [`{name}`](configs/{name}.py) | {description} | {', '.join(axes(experiment))} | {verified} |")
     return "\n".join(lines)
 
 
 def card(name: str) -> str:
-    """One method in words.
+    """Return the card of one method in words.
 
     Raises:
       UserError: there is no such config; names the nearest.

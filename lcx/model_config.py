@@ -35,13 +35,13 @@ class Rope:
             raise ValueError(f"dim={self.dim} of RoPE must be an even number of channels")
 
     def pairs(self, head_dim: int) -> int:
-        """Pairs of a head that turn."""
+        """Number of pairs that turn in a head."""
         return (self.dim or head_dim) // 2
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything about a model that is not a weight.  Hashable: a static argument of jit.
+    """Architecture of a model, without its weights.  Hashable: a static argument of jit.
 
     Lengths are in tokens.  `context` is the longest text that the model was trained for.
 
@@ -72,7 +72,7 @@ class ModelConfig:
     embed_scale: float = 1.0  # Gemma: sqrt(d_model)
     attention_scale: float | None = None  # None: head_dim ** -0.5
     window: int | None = (
-        None  # tokens that a local layer sees, the current one included; alone: of every layer (Mistral)
+        None  # tokens that a local layer sees, the current one included; without local layers: of every layer (Mistral)
     )
     global_every: int | None = None  # layer i (from 0) is global when (i + 1) % global_every == 0 (Gemma 3)
     local_layers: tuple[bool, ...] | None = None  # or one entry a layer (Qwen2, Qwen3)
@@ -112,7 +112,7 @@ class ModelConfig:
 
     @property
     def scale(self) -> float:
-        """The factor that logits are multiplied by."""
+        """Factor that logits are multiplied by."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
@@ -149,7 +149,7 @@ class ModelConfig:
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight in lcx's own layout.
+    """Return the name and shape of every weight in lcx's own layout.
 
     Matrices are [in, out], because XLA:CPU multiplies a vector by [in, out] 7 times faster than by [out, in].  q, k and v are
     one matrix (columns: H*D of q, K*D of k, K*D of v), gate and up are one (columns: F of gate, F of up).
@@ -184,7 +184,7 @@ SCALE_BYTES = 2  # a float16 scale for each output channel of a matrix in 8 bits
 
 
 def weight_table(config: ModelConfig, dtype, weight_bits: int | None = None) -> dict[str, int]:
-    """Bytes of the weights by kind: "matrices" of the layers, "embed", "lm_head" and "vectors" (norms, biases).
+    """Return the bytes of the weights by kind: "matrices" of the layers, "embed", "lm_head" and "vectors" (norms, biases).
 
     Args:
       config: the model, or its part on one device.
@@ -205,10 +205,10 @@ def weight_table(config: ModelConfig, dtype, weight_bits: int | None = None) -> 
 
 
 def weight_bytes(config: ModelConfig, dtype, weight_bits: int | None = None) -> int:
-    """Bytes of all weights, the sum of `weight_table`."""
+    """Return the bytes of all weights, the sum of `weight_table`."""
     return sum(weight_table(config, dtype, weight_bits).values())
 
 
 def num_params(config: ModelConfig) -> int:
-    """Weights of the model, the embedding counted once."""
+    """Return the number of weights of the model, the embedding counted once."""
     return weight_bytes(config, np.int8)

@@ -22,7 +22,7 @@ class Choice(NamedTuple):
 
     Attributes:
       axis: "pattern", "policy", "compress", "codec" or "heads", and " of NAME" where segments have names.
-      name: of the class, or of the heads.
+      name: name of the class, or of the heads.
       settings: its fields, as text.
       exact: when it equals dense attention, a sentence; empty where the class does not say.
     """
@@ -76,7 +76,7 @@ class Recipe:
         return tuple(c if isinstance(c, tuple) else (c,) for c in self.segments)
 
     def parts(self) -> Iterator[tuple[str, str, Part]]:
-        """(segment name or "", axis, part) of everything that was chosen."""
+        """Yield (segment name or "", axis, part) for every chosen part."""
         for chain in self.chains:
             for s in chain:
                 yield s.name, "policy", s.policy
@@ -86,7 +86,7 @@ class Recipe:
         yield "", "pattern", self.pattern
 
     def map_parts(self, change) -> Recipe:
-        """The recipe with `change(part)` in place of each part."""
+        """Return the recipe with `change(part)` in place of each part."""
 
         def swap(s: Segment) -> Segment:
             compress = None if s.compress is None else change(s.compress)
@@ -102,13 +102,13 @@ class Recipe:
 
     @property
     def has_budget(self) -> bool:
-        """Whether `with_budget` applies: exactly one part of the recipe keeps or reads a number of tokens."""
+        """Return True where `with_budget` applies: exactly one part of the recipe keeps or reads a number of tokens."""
         reads = self.pattern.with_budget(LARGE) is not None
         count = reads + sum(self._budgeted(c).with_budget(LARGE) is not None for c in self.chains)
         return count == 1 and (len(self.chains) == 1 or reads)
 
     def with_budget(self, budget: int) -> Recipe:
-        """The recipe with `budget` tokens per KV head, sinks and observation window included.
+        """Return the recipe with `budget` tokens per KV head, sinks and observation window included.
 
         Raises:
           UserError: the recipe has no budget, or more than one.
@@ -130,56 +130,58 @@ class Recipe:
 
     @property
     def one_shot(self) -> bool:
-        """Whether prefill must take the whole prompt in one step."""
+        """Return True where prefill must take the whole prompt in one step."""
         return self.pattern.one_shot
 
     @property
     def compresses(self) -> bool:
-        """Whether something happens at the end of the prompt."""
+        """Return True where a part acts at the end of the prompt."""
         return any(chain[0].compress is not None for chain in self.chains)
 
     @property
     def probe(self) -> int:
-        """Queries of the prompt's end that are kept until then."""
+        """Number of the prompt's last queries that are kept until its end."""
         return max([0, *(c[0].compress.probe for c in self.chains if c[0].compress is not None)])
 
     def _layer(self, phase: str, layer: int, model: ModelConfig) -> Recipe:
-        """Every part as it acts there; what compresses is still in its place."""
+        """Return the recipe with every part as it acts there; parts that compress are still in their place."""
         if phase not in self.phases:
             raise ValueError(f"phase={phase!r}: allowed are {', '.join(self.phases)}")
         return self.map_parts(lambda part: part.at(phase, layer, model))
 
     def at(self, phase: str, layer: int, model: ModelConfig) -> Recipe:
-        """The recipe of this phase and layer (from 0)."""
-        here = self._layer(phase, layer, model)
+        """Return the recipe of this phase and layer (from 0)."""
+        recipe = self._layer(phase, layer, model)
         if phase != self.phases[0]:
-            return here
-        return replace(here, segments=tuple(c if c[0].compress is None else (prompt_segment(c),) for c in here.chains))
+            return recipe
+        return replace(
+            recipe, segments=tuple(c if c[0].compress is None else (prompt_segment(c),) for c in recipe.chains)
+        )
 
     def program(self) -> Recipe:
-        """The recipe as a program is compiled for it: without the settings that `data` carries."""
+        """Return the recipe that a program is compiled for: without the settings that `data` carries."""
         return self.map_parts(lambda part: part.program())
 
     def data(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Settings that programs take as numbers: segment name or "" -> axis -> name -> value; without the empty ones."""
-        found: dict[str, dict[str, dict[str, Any]]] = {}
+        """Return the settings that programs take as numbers: segment name or "" -> axis -> name -> value; without the empty ones."""
+        settings: dict[str, dict[str, dict[str, Any]]] = {}
         for segment, axis, part in self.parts():
             if part.data():
-                found.setdefault(segment, {})[axis] = part.data()
-        return found
+                settings.setdefault(segment, {})[axis] = part.data()
+        return settings
 
     # ---- arrays
 
     def arrays(self, model: ModelConfig) -> dict[str, Array]:
-        """What the parts read from `ctx.aux`, by name."""
-        found: dict[str, Array] = {}
+        """Return the arrays that the parts read from `ctx.aux`, by name."""
+        declared: dict[str, Array] = {}
         for _, _, part in self.parts():
             for name, array in part.arrays(model).items():
-                if found.setdefault(name, array) != array:
+                if declared.setdefault(name, array) != array:
                     raise UserError(
-                        f"array {name!r}: {type(part).__name__} declares {array}, another part {found[name]}"
+                        f"array {name!r}: {type(part).__name__} declares {array}, another part {declared[name]}; declare it once"
                     )
-        return found
+        return declared
 
     def check(self, model: ModelConfig, aux: Aux | None = None) -> None:
         """Raise UserError when the recipe does not suit the model: head sizes, or aux that is missing or does not fit."""
@@ -188,10 +190,10 @@ class Recipe:
         named = {c[0].heads for c in self.chains} - {"all"}
         declared = self.arrays(model)
         for layer in range(model.num_layers):
-            here = aux[layer] if aux else {}
-            _check_keys(here, layer)
-            _check_heads(named, here.get("heads", {}), model, layer)
-            _check_arrays(declared, here.get("arrays", {}), model, layer)
+            given = aux[layer] if aux else {}
+            _check_keys(given, layer)
+            _check_heads(named, given.get("heads", {}), model, layer)
+            _check_arrays(declared, given.get("arrays", {}), model, layer)
             if layer == 0 or named:
                 for chain in self.chains:
                     size = Size(num_rows(model, chain[0].heads, aux, layer), model.head_dim, None)
@@ -201,22 +203,24 @@ class Recipe:
     # ---- storage
 
     def capacities(self, phase: str, layer: int, shape: Shape) -> dict[str, int]:
-        """Slots per KV head of every segment of a layer."""
-        here, now = self._layer(phase, layer, shape.model), self.at(phase, layer, shape.model)
+        """Return the slots per KV head of every segment of a layer."""
+        recipe, now = self._layer(phase, layer, shape.model), self.at(phase, layer, shape.model)
         sizes: dict[str, int] = {}
-        for chain, links in zip(here.chains, now.chains, strict=True):
+        for chain, links in zip(recipe.chains, now.chains, strict=True):
             sizes |= capacities(chain, links, phase, shape, self.rounding)
         return sizes
 
     def kept(self, layer: int, shape: Shape) -> tuple[tuple[str, int], ...]:
-        """(first segment, most tokens that stay of the prompt) of every chain that compresses, in decode."""
-        here = self.at(self.phases[-1], layer, shape.model)
-        return tuple((c[0].name, kept_width(c, shape, self.rounding)) for c in here.chains if c[0].compress is not None)
+        """Return (first segment, most tokens that stay of the prompt) of every chain that compresses, in decode."""
+        recipe = self.at(self.phases[-1], layer, shape.model)
+        return tuple(
+            (c[0].name, kept_width(c, shape, self.rounding)) for c in recipe.chains if c[0].compress is not None
+        )
 
     def init_layer(self, phase: str, layer: int, shape: Shape, aux: Aux | None = None) -> LayerCache:
-        """An empty cache of one layer."""
-        here = self.at(phase, layer, shape.model)
-        cache = empty_layer(here.chains, here.pattern, self.capacities(phase, layer, shape), layer, aux, shape)
+        """Return an empty cache of one layer."""
+        recipe = self.at(phase, layer, shape.model)
+        cache = empty_layer(recipe.chains, recipe.pattern, self.capacities(phase, layer, shape), layer, aux, shape)
         if phase != self.phases[0] or not self.probe:
             return cache
         raw = any(c[0].compress is not None and c[0].compress.raw_probe for c in self.chains)
@@ -233,12 +237,12 @@ class Recipe:
         batch=1,
         dtype=jnp.float32,
     ) -> list[LayerCache]:
-        """The empty cache, one entry a layer."""
+        """Return the empty cache, one entry per layer."""
         shape = Shape(model, prompt, new_tokens, batch, dtype)
         return [self.init_layer(phase, i, shape, aux) for i in range(model.num_layers)]
 
     def bytes(self, model: ModelConfig, context: int, new_tokens: int = 0, **settings) -> int:
-        """Bytes of the cache's arrays, everything counted: codes, scales, tails, positions, page summaries, scores.
+        """Return the bytes of all arrays of the cache: codes, scales, tails, positions, page summaries, scores.
 
         Args:
           model: its shape; no weights are needed.
@@ -251,17 +255,17 @@ class Recipe:
     # ---- words
 
     def describe(self) -> list[Choice]:
-        """Every choice that is not the one that changes nothing, in words; the pattern first."""
-        found = []
+        """Describe every choice that differs from its axis's identity, in words; the pattern first."""
+        choices = []
         parts = list(self.parts())
         for segment, axis, part in [parts[-1], *parts[:-1]]:
             if part == {"policy": Segment().policy, "codec": Segment().codec, "pattern": CAUSAL}.get(axis):
                 continue
             settings = {f.name: repr(getattr(part, f.name)) for f in fields(part)}  # pyrefly: ignore
             where = "" if segment in ("", "all") else f" of {segment}"
-            found.append(Choice(axis + where, type(part).__name__, settings, part.exact))
-        found += [Choice(f"heads of {c[0].name}", c[0].heads, {}, "") for c in self.chains if c[0].heads != "all"]
-        return found or [Choice("pattern", type(CAUSAL).__name__, {}, CAUSAL.exact)]
+            choices.append(Choice(axis + where, type(part).__name__, settings, part.exact))
+        choices += [Choice(f"heads of {c[0].name}", c[0].heads, {}, "") for c in self.chains if c[0].heads != "all"]
+        return choices or [Choice("pattern", type(CAUSAL).__name__, {}, CAUSAL.exact)]
 
 
 AUX_KEYS = ("heads", "arrays")
@@ -274,7 +278,7 @@ def _check_keys(aux: dict[str, Any], layer: int) -> None:
 
 
 def _check_heads(named: set[str], heads: dict[str, Any], model: ModelConfig, layer: int) -> None:
-    """The named heads are all there, and every KV head is in exactly one of them."""
+    """Raise UserError unless the named heads are all there and every KV head is in exactly one of them."""
     if not named:
         return
     missing = sorted(named - set(heads))
@@ -286,7 +290,7 @@ def _check_heads(named: set[str], heads: dict[str, Any], model: ModelConfig, lay
 
 
 def _check_arrays(declared: dict[str, Array], given: dict[str, Any], model: ModelConfig, layer: int) -> None:
-    """Every array that a part declares is there in its shape, and there is no other."""
+    """Raise UserError unless the given arrays are those that the parts declare, in their shapes."""
     for name in given:
         if name not in declared:
             raise UserError(

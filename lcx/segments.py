@@ -1,4 +1,4 @@
-"""Segments and chains: which KV heads of a layer share storage, policy and codec, and whether the parts go together."""
+"""Segments and chains: the KV heads of a layer that share storage, policy and codec, and the rules for parts that go together."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Chain = tuple[Segment, ...]
 
 
 def num_rows(model: ModelConfig, heads: str, aux: Aux | None, layer: int) -> int:
-    """KV heads of one layer that belong to `heads`."""
+    """Return the number of KV heads of one layer that belong to `heads`."""
     if heads == "all":
         return model.num_kv_heads
     if aux is None or heads not in aux[layer].get("heads", {}):
@@ -43,13 +43,13 @@ def num_rows(model: ModelConfig, heads: str, aux: Aux | None, layer: int) -> int
 
 
 def prompt_segment(chain: Chain) -> Segment:
-    """The exact segment that holds the whole prompt of a chain that compresses at its end."""
+    """Return the exact segment that holds the whole prompt of a chain that compresses at its end."""
     raw = any(s.codec.raw for s in chain)
     return Segment(name=chain[0].name, heads=chain[0].heads, codec=RawExact() if raw else Exact())
 
 
 class _Stance(NamedTuple):
-    """What one part of a chain needs from the others, and does not leave them, as names of FACTS."""
+    """Needs of one part of a chain, and the facts that it does not leave to the others, as names of FACTS."""
 
     name: str
     needs: frozenset[str]
@@ -57,7 +57,7 @@ class _Stance(NamedTuple):
 
 
 def _stances(chain: Chain, pattern: Pattern, s: Segment) -> Iterator[_Stance]:
-    """Everything that acts on one segment of a chain.  What a part's other declarations imply is added to what it states."""
+    """Yield a stance for every part that acts on one segment of a chain.  Implied needs are added to the stated ones."""
 
     def stance(part: Part, needs: str = "", lacks: str = "") -> _Stance:
         named = lambda text: frozenset(filter(None, text.split(", ")))
@@ -83,7 +83,7 @@ def _stances(chain: Chain, pattern: Pattern, s: Segment) -> Iterator[_Stance]:
 
 
 def _hands_down(policy: Policy, page: int) -> bool:
-    """Whether a policy hands down whole pages of `page` tokens."""
+    """Return True where a policy hands down whole pages of `page` tokens."""
     # texts of lengths that no page divides: pages of 4 tokens are now and then a page of 32
     return not any(policy.handed((1 << 20) + 997 * i) % page for i in range(16))
 
@@ -108,5 +108,5 @@ def check_chain(chain: Chain, pattern: Pattern) -> None:
             for other in stances:
                 for fact in sorted(one.needs & other.lacks):
                     raise UserError(
-                        f"{one.name} needs {FACTS[fact]}, which {other.name} does not leave; take one of the two"
+                        f"{one.name} needs {FACTS[fact]}, which {other.name} does not leave; choose one of the two"
                     )

@@ -1,4 +1,4 @@
-"""How large the caches of a recipe are, and how they begin: capacities by layer, empty arrays, their bytes."""
+"""Sizes of a recipe's caches: capacities per layer, empty arrays, their bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lcx.segments import Chain, num_rows
 
 @dataclass(frozen=True)
 class Shape:
-    """What the arrays of a session depend on, beside its recipe.
+    """Settings that the arrays of a session depend on, beside its recipe.
 
     Attributes:
       model: its sizes.
@@ -40,13 +40,13 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def kept_width(chain: Chain, shape: Shape, rounding: int) -> int:
-    """Prompt tokens that a chain keeps at most, per KV head."""
+    """Return the upper bound on the prompt tokens that a chain keeps, per KV head."""
     compress = chain[0].compress
     return shape.prompt if compress is None else min(round_up(compress.capacity(shape.prompt), rounding), shape.prompt)
 
 
 def capacities(chain: Chain, now: Chain, phase: str, shape: Shape, rounding: int) -> dict[str, int]:
-    """Slots per KV head of the segments of one chain in one layer.
+    """Return the slots per KV head of the segments of one chain in one layer.
 
     Args:
       chain: as the recipe has it in this layer.
@@ -68,24 +68,24 @@ def capacities(chain: Chain, now: Chain, phase: str, shape: Shape, rounding: int
 
 
 def empty_chain(chain: Chain, pattern: Pattern, sizes: Mapping[str, int], rows: int, shape: Shape) -> dict[str, Slots]:
-    """The segments of one chain before their first token."""
+    """Return the segments of one chain before their first token."""
     compress = chain[0].compress
     one_set = compress is None or compress.shared
-    found = {}
+    segments = {}
     for s in chain:
         size = Size(rows, shape.model.head_dim, shape.dtype)
         pos_rows = min(1, rows) if s.policy.shared and one_set else rows
         slots = Store(s.codec, size).empty(shape.batch, pos_rows, sizes[s.name], s.policy.state)
         for name, (after, kind) in pattern.layout(sizes[s.name], size).items():
             slots.state[name] = jnp.zeros((shape.batch, rows, *after), kind)
-        found[s.name] = slots
-    return found
+        segments[s.name] = slots
+    return segments
 
 
 def empty_layer(
     chains: Sequence[Chain], pattern: Pattern, sizes: Mapping[str, int], layer: int, aux: Aux | None, shape: Shape
 ) -> LayerCache:
-    """One layer's cache before its first token, without a probe."""
+    """Return one layer's cache before its first token, without a probe."""
     segments: dict[str, Slots] = {}
     for chain in chains:
         segments |= empty_chain(chain, pattern, sizes, num_rows(shape.model, chain[0].heads, aux, layer), shape)
@@ -93,7 +93,7 @@ def empty_layer(
 
 
 def empty_probe(width: int, raw: bool, shape: Shape) -> dict[str, jax.Array]:
-    """The last `width` queries of a prompt that has not begun; before RoPE as well where `raw`."""
+    """Return the last `width` queries of a prompt that has not begun; before RoPE as well where `raw`."""
     model = shape.model
     q = jnp.zeros((shape.batch, model.num_kv_heads, model.group, width, model.head_dim), shape.dtype)
     probe = {"q": q, "pos": jnp.full((shape.batch, width), EMPTY, jnp.int32)}

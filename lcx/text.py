@@ -1,4 +1,4 @@
-"""Numbers and free text as people read them, on a terminal, in a page or in a figure."""
+"""Numbers and free text for people, on a terminal, in a page or in a figure."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def number(value: float | None, form: str, unit: float = 1.0) -> str:
 def visible(text: Any, longest: int = LONGEST) -> str:
     """Return the text with control characters, escape sequences and invisible characters written out, cut after `longest`."""
     text = str(text)
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:longest])
-    return shown + ("…" if len(text) > longest else "")
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:longest])
+    return printable + ("…" if len(text) > longest else "")

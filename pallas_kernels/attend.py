@@ -60,7 +60,7 @@ def attend(
     out_dtype=None,
     tile: AttendTile | None = None,
 ) -> Partial:
-    """Attention of `q` over `k`, `v`; the cost is that of the tiles visited.
+    """Compute attention of `q` over `k`, `v`; the cost is that of the tiles visited.
 
     Values at hidden slots must be finite: a hidden NaN or infinity in `v` makes the rows of a visited tile NaN (0 * NaN), where
     `lcx.ops.attention.attend` leaves it out.  Hidden keys may hold anything.  Odd sizes cost a padded copy: of k where S
@@ -78,7 +78,7 @@ def attend(
       q_pos, kv_pos: where `mask.positions`: int32 [B,T], and [B,S] or [B,K,S], EMPTY where there is none.
       segments: where `mask.segments`: (int32 [B,T], int32 [B,S]), numbers >= 0; or one [B,S] for both, if T = S.
       spans: where `mask.spans`: int32 [K] or [B,K], window of each KV head in tokens.
-      out_dtype: of the result, float32 by default; the type of q halves what is written.
+      out_dtype: of the result, float32 by default; the type of q halves the written bytes.
       tile: sizes other than those of the table, to measure.
 
     Returns:
@@ -106,7 +106,7 @@ def attend(
 
 
 def forward(q, k, v, data: Data, blocks, *, mask, scale, out_dtype, tile: AttendTile | None = None) -> Partial:
-    """`attend` after its checks."""
+    """Compute `attend` after its checks."""
     B, K, G, T, D = q.shape
     H = K * G
     shape = None
@@ -123,7 +123,7 @@ def forward(q, k, v, data: Data, blocks, *, mask, scale, out_dtype, tile: Attend
 
 
 def _call(q, k, v, data: Data, listed, mask: Mask, scale, out_dtype, T, tile: AttendTile):
-    """The kernel: q [B,H,T or more,D] -> (out as q, lse [B,H,T to whole tiles]); `listed`: shape of the list."""
+    """Call the kernel: q [B,H,T or more,D] -> (out as q, lse [B,H,T to whole tiles]); `listed`: shape of the list."""
     B, H, _, D = q.shape
     K, Q = k.shape[1], -(-T // ROWS)
     size, stages = tile.size, tile.stages
@@ -149,7 +149,7 @@ def _call(q, k, v, data: Data, listed, mask: Mask, scale, out_dtype, T, tile: At
             def fill(step, code):
                 slot = lax.rem(step, stages)
                 keys = pl.ds(_start(code, size), size)
-                # asked for before the waits: a list lies in global memory
+                # loaded before the waits: a list lies in global memory
                 following = entry(step + 1)
 
                 @pl.when(step >= stages)
@@ -268,7 +268,7 @@ def _call(q, k, v, data: Data, listed, mask: Mask, scale, out_dtype, T, tile: At
 
 
 def block_of(block, B: int, H: int, Q: int, ref: Data):
-    """(sequence, head, tile of queries) of a block; long ones first: by the list's order, else the last queries first."""
+    """Return (sequence, head, tile of queries) of a block; long ones first: by the list's order, else the last queries first."""
     if ref.order is not None:
         work = ref.order[block]
         return lax.div(work, H * Q), lax.rem(lax.div(work, Q), H), lax.rem(work, Q)
@@ -277,7 +277,7 @@ def block_of(block, B: int, H: int, Q: int, ref: Data):
 
 
 def steps_of(ref: Data, mask: Mask, at, H: int, listed, q_lo, q_hi, kv_len, span, size: int):
-    """Number of kernel tiles to visit, and `entry(step)`: a tile's number * 2 + its flag."""
+    """Return the number of kernel tiles to visit, and `entry(step)`: a tile's number * 2 + its flag."""
     if listed is not None:
         return listed_tiles(ref, listed, at, H, size)
     if mask.positions:

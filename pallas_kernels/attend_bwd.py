@@ -65,7 +65,7 @@ def attend_with_gradient(
     out_dtype=None,
     tile: AttendGradTile | None = None,
 ) -> Partial:
-    """`attend`, differentiable in q, k and v; the arguments and results are its own.
+    """Compute `attend`, differentiable in q, k and v, with the same arguments and results.
 
     Gradients have the type of q.  Keys and values at hidden slots must be finite in visited tiles: either would turn up as 0 * NaN.
     `tile`: sizes of the backward kernels other than those of the table.
@@ -74,8 +74,8 @@ def attend_with_gradient(
     inputs.check_arrays(q, k, v, scale, out_dtype, max(ATTEND_GRAD))
     if q.size == 0 or k.size == 0:
         return Partial(jnp.zeros(q.shape, out_dtype), jnp.full(q.shape[:-1], -jnp.inf))
-    about = dict(q_offset=q_offset, kv_len=kv_len, q_pos=q_pos, kv_pos=kv_pos, segments=segments, spans=spans)
-    data = inputs.prepare(mask, q.shape, k.shape[-1], **about)
+    given = dict(q_offset=q_offset, kv_len=kv_len, q_pos=q_pos, kv_pos=kv_pos, segments=segments, spans=spans)
+    data = inputs.prepare(mask, q.shape, k.shape[-1], **given)
     return _attend(mask, scale, out_dtype, tile, q, k, v, data, blocks)
 
 
@@ -98,7 +98,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def backward(q, k, v, data: Data, blocks, part: Partial, grad: Partial, *, mask, scale, tile=None):
-    """(dq, dk, dv), each shaped and typed as what it is the gradient of."""
+    """Return (dq, dk, dv), each with the shape and type of its argument."""
     B, K, G, T, D = q.shape
     S, H = k.shape[-1], K * G
     head_dim = next(d for d in ATTEND_GRAD if d >= D)
@@ -128,14 +128,14 @@ def backward(q, k, v, data: Data, blocks, part: Partial, grad: Partial, *, mask,
 
 
 def _by_kv_head(blocks: BlockList, K: int) -> BlockList:
-    """The same list with the counts of a GQA group summed."""
+    """Return the same list with the counts of a GQA group summed."""
     b, h, N = blocks.count.shape
     count = blocks.count.reshape(b, K, h // K, N).sum(2) if h > K else blocks.count
     return BlockList(blocks.index, count, blocks.flags)
 
 
 def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, T, tile: AttendGradTile):
-    """dq [B,H,T or more,D]."""
+    """Return dq [B,H,T or more,D]."""
     B, H, _, D = q.shape
     K, Q = k.shape[1], -(-T // ROWS)
     size, stages = tile.size, tile.dq_stages
@@ -192,14 +192,14 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, T, tile:
             def one_tile(step, carry):
                 dq, code = carry
                 slot = lax.rem(step, stages)
-                here = in_loop(wg)
+                half = in_loop(wg)
                 following = entry(step + 1)
                 plgpu.barrier_wait(k_ready.at[slot])
 
                 def multiply(s, dp):
-                    plgpu.wgmma(s, q_smem.at[here], k_smem.at[slot])
+                    plgpu.wgmma(s, q_smem.at[half], k_smem.at[slot])
                     plgpu.barrier_wait(v_ready.at[slot])
-                    plgpu.wgmma(dp, do_smem.at[here], v_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(dp, do_smem.at[half], v_smem.at[slot].transpose((1, 0)))
                     return s[...], dp[...]
 
                 tile_of = plgpu.ACC((HALF, size), jnp.float32)
@@ -245,7 +245,7 @@ def _dq(q, k, v, do, lse, delta, data: Data, listed, mask: Mask, scale, T, tile:
 
 
 def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, T, tile: AttendGradTile, want):
-    """[dk] or [dv] or both, [B,K,S or more,D]; `listed`: shape of the list by key."""
+    """Return [dk] or [dv] or both gradients, [B,K,S or more,D]; `listed`: shape of the list by key."""
     B, H, _, D = q.shape
     K, N = k.shape[1], -(-S // SIZE)
     G = H // K
@@ -268,7 +268,7 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, T, t
         walk = partial(inputs.queries_of, ref, mask, listed, (b, kv_head, n), H, q_start, T, kv_len, span, rows)
 
         def over_heads(one_tile, carry):
-            """`one_tile(h, count of tiles before, code, carry)` for the tiles of all heads; (number of tiles, carry)."""
+            """Run `one_tile(h, count of tiles before, code, carry)` for the tiles of all heads; return (number of tiles, carry)."""
 
             def one_head(g, state):
                 before, carry = state
@@ -322,12 +322,12 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, T, t
 
             def one_tile(h, step, code, sums):
                 slot = lax.rem(step, stages)
-                here = in_loop(wg)
+                half = in_loop(wg)
                 first = lax.div(code, 2) * rows
                 plgpu.barrier_wait(q_ready.at[slot])
 
                 def multiply_k(s):
-                    plgpu.wgmma(s, k_smem.at[here].transpose((1, 0)), q_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(s, k_smem.at[half].transpose((1, 0)), q_smem.at[slot].transpose((1, 0)))
                     return s[...]
 
                 s = pl.run_scoped(multiply_k, tile_of)
@@ -345,7 +345,7 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, T, t
                 if "k" in want:
 
                     def multiply_v(dp):
-                        plgpu.wgmma(dp, v_smem.at[here], do_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp, v_smem.at[half], do_smem.at[slot].transpose((1, 0)))
                         return dp[...]
 
                     # ahead of the product, so that one array waits for it and not three
@@ -375,7 +375,7 @@ def _dkv(q, k, v, do, lse, delta, data: Data, listed, S, mask: Mask, scale, T, t
         thread_name="wg",
         scratch_types=(
             plgpu.SMEM((2, D, HALF), q.dtype, transforms=operand),
-            # read for dk alone; the results leave through it
+            # read only for dk; the results leave through it
             plgpu.SMEM((2, HALF, D if "k" in want else 64), q.dtype, transforms=operand),
             plgpu.SMEM((stages, rows, D), q.dtype, transforms=operand),
             plgpu.SMEM((stages, rows, D), q.dtype, transforms=operand),

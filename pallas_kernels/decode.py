@@ -49,7 +49,7 @@ def decode(
     splits: int | None = None,
     tile: DecodeTile | None = None,
 ) -> Partial:
-    """Attention of the newest T tokens over the pages of each KV head.
+    """Compute attention of the newest T tokens over the pages of each KV head.
 
     Query t sees the first `length - T + t + 1` tokens of its row: the T tokens are already written.  What lies behind `length` in a page,
     and table entries behind the last page, may be anything; entries in use are page numbers of the pool and are not checked.
@@ -76,15 +76,15 @@ def decode(
     if q.size == 0 or table.size == 0:
         return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
     # a part of the group reads the pages by itself where all of it has more rows than fit the registers
-    about = pages.payload.kind, pages.head_dim
-    parts = next(p for p in range(1, G + 1) if G % p == 0 and G // p * T <= decode_rows(*about))
+    entry = pages.payload.kind, pages.head_dim
+    parts = next(p for p in range(1, G + 1) if G % p == 0 and G // p * T <= decode_rows(*entry))
     if parts > 1:
         table, length = (jnp.repeat(x, parts, 1) if x.ndim > 1 else x for x in (table, length))
         q = q.reshape(B, K * parts, G // parts, T, D)
         out, lse = decode(q, pages, table, length, scale=scale, splits=splits, tile=tile)
         return Partial(out.reshape(B, K, G, T, D), lse.reshape(B, K, G, T))
     R, n, N = B * K, table.shape[2], -(-G * T // 8) * 8
-    tile = tile or decode_tile(*about, N)
+    tile = tile or decode_tile(*entry, N)
     length = jnp.clip(length, 0, n * PAGE).astype(jnp.int32)
     if length.ndim == 2 or B > 1:
         length = jnp.broadcast_to(length if length.ndim == 2 else length[:, None], (B, K)).reshape(R)
@@ -92,7 +92,7 @@ def decode(
     rows = jnp.pad(rows, ((0, 0), (0, N - G * T), (0, pages.head_dim - D)))
     plan = plan_pieces(length, R, n, splits, tile)
     out, lse = _call(rows, pages, table.reshape(R, n), plan, scale, T, tile)
-    # cut before they are merged: another program would cut the result
+    # padding is cut before the merge: another program would cut the result
     out, lse = merge_pieces(out[:, :, :D, : G * T], lse[:, :, : G * T], plan, R)
     out = rearrange(out, "(B K) D (G T) -> B K G T D", K=K, T=T)
     return Partial(out, rearrange(lse, "(B K) (G T) -> B K G T", K=K, T=T))
@@ -118,12 +118,12 @@ def _check(q, pages, table, length, scale, splits):
 
 
 def _operand(columns: int):
-    """Transforms of shared memory that wgmma reads in groups of `columns` 16-bit values."""
+    """Return the transforms of shared memory that wgmma reads in groups of `columns` 16-bit values."""
     return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
 
 
 def _call(q, pages: Pages, table, plan: Plan, scale, T, tile: DecodeTile):
-    """The kernel: q [R,N,D] -> (out float32 [I,W,D,N], lse float32 [I,W,N]) of each piece and consumer."""
+    """Call the kernel: q [R,N,D] -> (out float32 [I,W,D,N], lse float32 [I,W,N]) of each piece and consumer."""
     _, N, D = q.shape
     payload, I = pages.payload, plan.piece.shape[1]  # noqa: E741
     P, W, stages = tile.pages, tile.consumers, tile.stages
@@ -138,7 +138,7 @@ def _call(q, pages: Pages, table, plan: Plan, scale, T, tile: DecodeTile):
         return x if late else x.sum(axis=0)
 
     def spread(x):
-        """One value a query, over 64 rows."""
+        """Spread one value a query over 64 rows."""
         return rows_of(x, (64, N), 1)
 
     def body(q_ref, k_ref, v_ref, scales_ref, table_ref, piece_ref, out_ref, lse_ref, *scratch):
@@ -155,13 +155,13 @@ def _call(q, pages: Pages, table, plan: Plan, scale, T, tile: DecodeTile):
                 plgpu.copy_gmem_to_smem(q_ref.at[row], b_smem, q_ready)
 
             def numbers(step):
-                # behind the last page of the piece: that page again, which is hidden
+                # behind the last page of the piece that page is read again, hidden
                 last = jnp.maximum(stop - 1, 0)
                 return [table_ref[row, jnp.minimum(first + step * P + j, last)] for j in range(P)]
 
             def fill(step, page):
                 slot = lax.rem(step, stages)
-                # asked for before the wait: the table lies in global memory
+                # loaded before the wait: the table lies in global memory
                 following = numbers(step + 1)
 
                 @pl.when(step >= stages)
@@ -191,11 +191,11 @@ def _call(q, pages: Pages, table, plan: Plan, scale, T, tile: DecodeTile):
                 q_sum = plgpu.load(q_smem.T, layout=plgpu.Layout.WGMMA).astype(jnp.float32).sum(axis=0)
 
             def line(slot, j, name, layout, part=0):
-                """64 scales or zero points."""
+                """Load 64 scales or zero points."""
                 return plgpu.load(scales_smem.at[slot, j, rows[name].start + part], layout=layout)
 
             def fold(slot, j):
-                """q * k_scale, to shared memory."""
+                """Write q * k_scale to shared memory."""
                 for h in halves:
                     channels = slice(64 * h, 64 * h + 64)
                     block = plgpu.load(q_smem.at[:, channels].T, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
@@ -203,14 +203,14 @@ def _call(q, pages: Pages, table, plan: Plan, scale, T, tile: DecodeTile):
                     b_smem.at[wg, j, :, channels].T[...] = (block * rows_of(by, block.shape, 0)).astype(payload.dtype)
 
             def multiply(accs, values, b, by_half: bool):
-                """accs [64,N] each += values b^T; `by_half`: rows of the operand are channels and belong to accs in turn."""
+                """Add values b^T to each of accs [64,N]; `by_half`: rows of the operand are channels and belong to accs in turn."""
                 per_half = (64 if by_half else D) // columns
                 for u, a in enumerate(_operands(values, payload)):
                     h, at = divmod(u, per_half)
                     plgpu.wgmma(accs[h], a, b.at[:, at * columns : at * columns + columns].T)
 
             def logits(slot, j):
-                """s [64,N] of one page, before `factor`."""
+                """Return the logits s [64,N] of one page, before `factor`."""
                 b = q_smem if not rows else b_smem.at[wg, j] if folded else b_smem
 
                 values = _load(k_smem.at[slot, j], payload, D, by_half=False)
@@ -303,7 +303,7 @@ def _call(q, pages: Pages, table, plan: Plan, scale, T, tile: DecodeTile):
             carry = (
                 tuple(empty(64, N) for _ in halves),
                 plgpu.layout_cast(jnp.full((N,), HIDDEN, jnp.float32), COLUMN),
-                # of p, and of p * v_zero
+                # sums of p, and of p * v_zero
                 [none, none] if "v_zero" in rows else [none],
             )
             accs, m, sums = lax.fori_loop(0, turns, one_slot, carry)
@@ -350,7 +350,7 @@ def _call(q, pages: Pages, table, plan: Plan, scale, T, tile: DecodeTile):
 
 
 def _stored(payload: Payload, head_dim: int):
-    """Transforms of a page's values in shared memory."""
+    """Return the transforms of a page's values in shared memory."""
     width = payload.width(head_dim)
     size = width * (1 if payload.kind == "fp8" else 2)
     tiled = (plgpu.TilingTransform((8, width)),)
@@ -359,7 +359,7 @@ def _stored(payload: Payload, head_dim: int):
 
 
 def _load(ref, payload: Payload, head_dim: int, by_half: bool):
-    """A page's values in blocks of [64, width], or of words: channels of K, or (`by_half`) 64 channels of V and their tokens.
+    """Load a page's values in blocks of [64, width], or of words: channels of K, or (`by_half`) 64 channels of V and their tokens.
 
     In registers, as stored; exact ones stay in shared memory, where wgmma reads them.
     """
@@ -374,7 +374,7 @@ def _load(ref, payload: Payload, head_dim: int, by_half: bool):
 
 
 def _operands(blocks, payload: Payload):
-    """What `_load` gave as operands A of wgmma."""
+    """Yield the blocks of `_load` as operands A of wgmma."""
     for block in blocks:
         if payload.codes:
             made = list(planes(block, payload.bits))
@@ -386,7 +386,7 @@ def _operands(blocks, payload: Payload):
 
 
 def _clear(v_ref, payload: Payload, tokens):
-    """Zeroes the tokens of a page of values [D,64] from `tokens` on, which may be nan."""
+    """Zero the tokens of a page of values [D,64] from `tokens` on, which may be nan."""
     for h in range(0, v_ref.shape[0], 64):
         block = v_ref.at[h : h + 64]
         token = plgpu.broadcasted_iota(jnp.int32, (64, PAGE), 1, layout=plgpu.Layout.WGMMA)

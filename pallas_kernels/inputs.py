@@ -1,4 +1,4 @@
-"""What the attention kernels read beside q, k and v, and how they ask it: which tiles to visit, and who sees whom inside of one.
+"""Inputs of the attention kernels beside q, k and v, and the questions that they ask them: tiles to visit, and visible pairs inside of one.
 
 `prepare` runs in XLA and checks; the rest is called inside of a kernel, on references.
 """
@@ -43,12 +43,12 @@ class Data(NamedTuple):
     order: Any = None
 
     def names(self) -> list[str]:
-        """The fields that there are."""
+        """Return the names of the present fields."""
         return [name for name in self._fields if getattr(self, name) is not None]
 
 
 def pad(x: jax.Array, axis: int, multiple: int, value=0) -> jax.Array:
-    """`x` with `axis` filled up to a multiple."""
+    """Pad `axis` of `x` to a multiple."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, widths, constant_values=value) if widths[axis][1] else x
@@ -62,7 +62,7 @@ def _per_sequence(x, B: int, name: str) -> jax.Array:
 
 
 def _pair(name: str, field: str, given, needed: bool, q_shapes, kv_shapes):
-    """(the queries' [B,T to whole tiles], the keys' [B,(K,) S to whole tiles]), or (None, None) where the mask needs none."""
+    """Return (the queries' [B,T to whole tiles], the keys' [B,(K,) S to whole tiles]), or (None, None) where the mask needs none."""
     if any((x is not None) != needed for x in given):
         raise UserError(f"{name} with mask.{field}={needed}: allowed is {'both arrays' if needed else 'None'}")
     if not needed:
@@ -74,7 +74,7 @@ def _pair(name: str, field: str, given, needed: bool, q_shapes, kv_shapes):
 
 
 def prepare(mask: Mask, shape, S: int, *, q_offset, kv_len, q_pos, kv_pos, segments, spans) -> Data:
-    """The arrays of a mask, by the words of `attend`; `shape`: of q, [B,K,G,T,D].
+    """Return the arrays of a mask, by the words of `attend`; `shape`: of q, [B,K,G,T,D].
 
     Raises:
       UserError: one is missing, has another shape, or would be ignored.
@@ -82,7 +82,7 @@ def prepare(mask: Mask, shape, S: int, *, q_offset, kv_len, q_pos, kv_pos, segme
     B, K, _, T, _ = shape
     if mask.positions and not (kv_len is None and isinstance(q_offset, int) and q_offset == 0):
         raise UserError(
-            "q_offset or kv_len with mask.positions=True: allowed are q_pos and kv_pos alone, EMPTY where there is nothing"
+            "q_offset or kv_len with mask.positions=True: allowed are only q_pos and kv_pos, EMPTY where there is no token"
         )
     kv_shapes = [(B, S), (B, 1, S), (B, K, S)]
     q_pos, kv_pos = _pair("q_pos, kv_pos", "positions", (q_pos, kv_pos), mask.positions, [(B, T)], kv_shapes)
@@ -105,7 +105,7 @@ def prepare(mask: Mask, shape, S: int, *, q_offset, kv_len, q_pos, kv_pos, segme
 
 
 def with_list(data: Data, blocks: BlockList | None) -> Data:
-    """`data` and a list, flat."""
+    """Return `data` with a list, flattened."""
     if blocks is None:
         return data
     entries = jnp.pad(blocks.index * 2 + (blocks.flags == FULL), ((0, 0),) * 3 + ((0, 1),))
@@ -113,14 +113,14 @@ def with_list(data: Data, blocks: BlockList | None) -> Data:
 
 
 def longest_first(blocks: BlockList, B: int, heads: int) -> jax.Array:
-    """int32 [B * heads * Q]: the tiles of all sequences and heads by falling length of their list."""
+    """Return int32 [B * heads * Q]: the tiles of all sequences and heads by falling length of their list."""
     b, h, Q = blocks.count.shape
     work = jnp.repeat(blocks.count, heads // h, axis=1)
     return jnp.argsort(-jnp.broadcast_to(work, (B, heads, Q)).reshape(-1)).astype(jnp.int32)
 
 
 def check_arrays(q, k, v, scale, out_dtype, widest: int):
-    """Raises UserError for shapes, types and numbers that the attention kernels do not serve."""
+    """Raise UserError for shapes, types and numbers that the attention kernels do not serve."""
     B, K, G, T, D = q.shape
     S = k.shape[-1]
     if k.shape != (B, K, D, S) or v.shape != (B, K, S, D):
@@ -139,7 +139,7 @@ def check_arrays(q, k, v, scale, out_dtype, widest: int):
 
 
 def listed_tiles(ref: Data, shape, at, H: int, size: int):
-    """(steps, entry) of a listed tile; `entry(step)` is a kernel tile's number * 2 + its flag, `size` its length.
+    """Return (steps, entry) of a listed tile; `entry(step)` is a kernel tile's number * 2 + its flag, `size` its length.
 
     Args:
       shape: of the list's index.
@@ -159,7 +159,7 @@ def listed_tiles(ref: Data, shape, at, H: int, size: int):
 
 
 def predicate(ref: Data, mask: Mask, b, kv_head, kv_len, span, *, rows: int, keys: int, rows_axis: int = 0):
-    """`hide(x, first, q_lo, start, value)`: `value` where a query may not see a key.
+    """Return `hide(x, first, q_lo, start, value)`, which puts `value` where a query may not see a key.
 
     `x` is [rows, keys], or [keys, rows] where `rows_axis` is 1; `first` is the number of its first query, `q_lo` that query's position,
     `start` the first slot.
@@ -193,7 +193,7 @@ def predicate(ref: Data, mask: Mask, b, kv_head, kv_len, span, *, rows: int, key
 
 
 def key_block_of(block, B: int, K: int, N: int, ref: Data):
-    """(sequence, KV head, tile of keys) of a block; long ones first: by the list's order, else the first keys first."""
+    """Return (sequence, KV head, tile of keys) of a block; long ones first: by the list's order, else the first keys first."""
     if ref.order is not None:
         work = ref.order[block]
         return lax.div(work, K * N), lax.rem(lax.div(work, N), K), lax.rem(work, N)
@@ -201,7 +201,7 @@ def key_block_of(block, B: int, K: int, N: int, ref: Data):
 
 
 def queries_of(ref: Data, mask: Mask, listed, at, H: int, q_start, T: int, kv_len, span, rows: int, h):
-    """As `attend.steps_of`, by key: the tiles of queries of head `h` that visit a tile of keys."""
+    """Return the tiles of queries of head `h` that visit a tile of keys, in the form of `attend.steps_of`."""
     b, kv_head, n = at
     if listed is not None:
         return listed_tiles(ref, listed, (b, h, kv_head, n), H, rows)

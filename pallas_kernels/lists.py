@@ -1,4 +1,4 @@
-"""Lists of the tiles that attention visits, built in XLA: what every sparse pattern becomes before a kernel sees it."""
+"""Lists of the tiles that attention visits, built in XLA: the form of every sparse pattern that a kernel reads."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class BlockList:
     """Tiles of ROWS queries x SIZE keys to visit, for each tile of queries.
 
     Attributes:
-      index: int32 [B or 1, H or K or 1, Q, M], numbers of the key tiles, each at most once; entries from `count` on mean nothing.
-      count: int32 [B or 1, H or K or 1, Q], how many of the M are meant.
+      index: int32 [B or 1, H or K or 1, Q, M], numbers of the key tiles, each at most once; entries from `count` on are ignored.
+      count: int32 [B or 1, H or K or 1, Q], number of valid entries; the remaining ones are ignored.
       flags: int8, as `index`: MASKED or FULL.
     """
 
@@ -31,7 +31,7 @@ class BlockList:
     flags: jax.Array
 
     def check(self, B: int, K: int, H: int, Q: int):
-        """Raises UserError where the shapes are not for B sequences, K KV heads, H query heads and Q tiles of queries."""
+        """Raise UserError where the shapes are not for B sequences, K KV heads, H query heads and Q tiles of queries."""
         shape = self.index.shape
         if len(shape) != 4 or self.flags.shape != shape or self.count.shape != shape[:3]:
             raise UserError(
@@ -44,7 +44,7 @@ class BlockList:
 
 
 def _compact(visit: jax.Array, full: jax.Array, width: int | None) -> BlockList:
-    """List of the True entries of `visit` [...,Q,N], in order; `full` alike."""
+    """Return the list of the True entries of `visit` [...,Q,N], in order; `full` alike."""
     N = visit.shape[-1]
     M = N if width is None else min(width, N)
     # a stable sort moves the visited ones to the front and keeps their order
@@ -55,7 +55,7 @@ def _compact(visit: jax.Array, full: jax.Array, width: int | None) -> BlockList:
 
 
 def _tile_range(pos: jax.Array, size: int):
-    """Lowest and highest held position of each tile, and whether the tile has an EMPTY slot: [..., tiles]."""
+    """Return the lowest and highest held position of each tile, and whether the tile has an EMPTY slot: [..., tiles]."""
     S = pos.shape[-1]
     tiles = -(-S // size)
     pos = jnp.pad(pos, [(0, 0)] * (pos.ndim - 1) + [(0, tiles * size - S)], constant_values=EMPTY)
@@ -65,7 +65,7 @@ def _tile_range(pos: jax.Array, size: int):
 
 
 def _bounds(mask: Mask, T: int, S: int, q_offset, kv_len, q_pos, kv_pos, spans, segments):
-    """(some pair may be visible, every pair is), bool [b,r,Q,N]."""
+    """Return (some pair may be visible, every pair is), bool [b,r,Q,N]."""
     if q_pos is None:
         q_pos = jnp.arange(T) + jnp.reshape(jnp.asarray(q_offset, jnp.int32), (-1, 1))
     if kv_pos is None:
@@ -105,7 +105,7 @@ def from_mask(
     segments=None,
     width: int | None = None,
 ) -> BlockList:
-    """The tiles that a mask leaves, from the extremes of each tile's positions and segments.
+    """Return the tiles that a mask leaves, from the extremes of each tile's positions and segments.
 
     For masks whose data only XLA sees (positions, segments); without a list the kernels work out causal, window and sink themselves.
 
@@ -121,7 +121,7 @@ def from_mask(
 def from_blocks(
     blocks: jax.Array, mask: Mask, T: int, S: int, *, width: int | None = None, heads: int | None = None, **data
 ) -> BlockList:
-    """The tiles that are chosen, less those that the mask hides.
+    """Return the chosen tiles without those that the mask hides.
 
     Args:
       blocks: bool [B or 1, H or K or 1, Q, N], True to visit.
@@ -145,9 +145,9 @@ def from_blocks(
 
 
 def to_blocks(blocks: BlockList, N: int):
-    """(bool [b,h,Q,N] visited, bool [b,h,Q,N] full)."""
+    """Return (bool [b,h,Q,N] visited, bool [b,h,Q,N] full)."""
     listed = jnp.arange(blocks.index.shape[-1]) < blocks.count[..., None]
-    # entries that mean nothing go to a tile behind the last, which is dropped
+    # ignored entries go to a tile behind the last, which is dropped
     tiles = jnp.where(listed, blocks.index, N)
     empty = jnp.zeros((*blocks.index.shape[:-1], N), bool)
     put = jax.vmap(jax.vmap(jax.vmap(lambda row, at, what: row.at[at].set(what, mode="drop"))))
@@ -155,6 +155,6 @@ def to_blocks(blocks: BlockList, N: int):
 
 
 def transpose(blocks: BlockList, N: int) -> BlockList:
-    """By tile of keys the tiles of queries that visit it: index [b,h,N,Q], count [b,h,N].  N: number of key tiles."""
+    """Return, by tile of keys, the tiles of queries that visit it: index [b,h,N,Q], count [b,h,N].  N: number of key tiles."""
     visit, full = (jnp.swapaxes(x, 2, 3) for x in to_blocks(blocks, N))
     return _compact(visit, full, None)

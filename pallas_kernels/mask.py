@@ -1,4 +1,4 @@
-"""The static predicate of the attention kernels: who may see whom, and which tiles of keys that leaves.
+"""The static predicate of the attention kernels: the pairs that it allows, and the tiles of keys that these leave.
 
 The methods are elementwise `jnp` on positions, so the same lines run inside a kernel (on registers), over the tiles of a list (in XLA)
 and on scalars.
@@ -18,7 +18,7 @@ from lcx.ops.attention import FAR
 
 
 class Walk(NamedTuple):
-    """The tiles of keys that a tile of queries visits in order: `sinks` first ones, then those from `first` on; `steps` in all.
+    """Tiles of keys that a tile of queries visits in order: `sinks` first ones, then those from `first` on, `steps` in total.
 
     With sink = 2 tiles and a window that begins in tile 5 of 8:   [0] [1]  .  .  .  [5] [6] [7]   sinks 2, first 5, steps 5
     """
@@ -28,17 +28,17 @@ class Walk(NamedTuple):
     first: jax.Array
 
     def tile(self, step):
-        """Number of the tile that `step` visits."""
+        """Return the number of the tile that `step` visits."""
         return jnp.where(step < self.sinks, step, step - self.sinks + self.first)
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query may see; the static half of it, data come as arrays beside.
+    """Static half of the rule for the keys that a query may see; its data come as arrays beside it.
 
     Attributes:
       causal: keys at the query's position or before it.
-      window: the most recent tokens alone, the query's own included; None: all.  Needs `causal`.
+      window: only the most recent tokens, the query's own included; None: all.  Needs `causal`.
       sink: first tokens of the text that stay visible beside the window.
       spans: the window is data, one for each KV head (int32 [K] or [B,K], tokens); a head that keeps all takes a number above every length.
       segments: only keys of the query's own segment (int32 [B,T] and [B,S]).
@@ -71,11 +71,11 @@ class Mask:
 
     @property
     def near(self) -> bool:
-        """Whether there is a window, of one size or by head."""
+        """True where there is a window, of one size or by head."""
         return self.spans or self.window is not None
 
     def allow(self, q_pos, kv_pos, span=None):
-        """bool: whether the positions of a held key and a query allow the pair; arguments broadcast.  `span`: the window where `spans`."""
+        """Return bool: the positions of a held key and a query allow the pair; arguments broadcast.  `span`: the window where `spans`."""
         seen = kv_pos <= q_pos if self.causal else True
         if self.near:
             close = q_pos - kv_pos < (span if self.spans else self.window)
@@ -83,7 +83,7 @@ class Mask:
         return seen
 
     def every(self, q_lo, q_hi, kv_lo, kv_hi, span=None):
-        """bool: whether all pairs of these ranges of held positions (both ends inside) are allowed; may say no too often."""
+        """Return bool: all pairs of these ranges of held positions (both ends inside) are allowed; may be False too often."""
         sure = kv_lo >= 0
         if self.causal:
             sure = sure & (kv_hi <= q_lo)
@@ -93,7 +93,7 @@ class Mask:
         return sure
 
     def some(self, q_lo, q_hi, kv_lo, kv_hi, span=None):
-        """bool: whether some pair of these ranges may be allowed; may say yes too often."""
+        """Return bool: some pair of these ranges may be allowed; may be True too often."""
         maybe = kv_hi >= 0
         if self.causal:
             maybe = maybe & (kv_lo <= q_hi)
@@ -103,7 +103,7 @@ class Mask:
         return maybe
 
     def walk(self, q_lo, q_hi, kv_len, size: int, span=None) -> Walk:
-        """Tiles of `size` ordered slots that queries at `q_lo` ... `q_hi` may see, of the first `kv_len` slots; scalars."""
+        """Return the tiles of `size` ordered slots that queries at `q_lo` ... `q_hi` may see, of the first `kv_len` slots; scalars."""
         end = jnp.minimum(kv_len, q_hi + 1) if self.causal else kv_len
         end = lax.div(jnp.maximum(end, 0) + size - 1, size)
         if not self.near:
@@ -114,7 +114,7 @@ class Mask:
         return Walk(end - first + sinks, sinks, first)
 
     def walk_queries(self, kv_lo, kv_hi, q_start, T: int, kv_len, rows: int, span=None) -> Walk:
-        """Tiles of `rows` of the T queries from position `q_start` on that may see slots `kv_lo` ... `kv_hi`; scalars."""
+        """Return the tiles of `rows` of the T queries from position `q_start` on that may see slots `kv_lo` ... `kv_hi`; scalars."""
         first, end = jnp.int32(0), T
         if self.causal:
             first = jnp.maximum(kv_lo - q_start, 0)

@@ -1,4 +1,4 @@
-"""Payloads of the decode kernel: how a page of 64 tokens of one KV head lies in memory, and how its codes become operands of wgmma.
+"""Payloads of the decode kernel: the layout of a page of 64 tokens of one KV head, and the way from its codes to operands of wgmma.
 
 Integer codes lie in 16-bit words, `16 // bits` codes in each, ordered so that a code needs no other thread's word: the words of a page are
 [64, D * bits / 16], loaded as the operand A of wgmma is held, and the codes at one place of all words (a plane) are such an operand.
@@ -28,12 +28,12 @@ MANTISSA = 10  # bits of a float16 below its leading one
 
 @dataclass(frozen=True)
 class Payload:
-    """How a page is written.
+    """Format of a page.
 
     Attributes:
       kind: "bf16" and "f16" exactly; "fp8" (e4m3), "int8", "int4" and "int2" with float16 scales, the integers with zero points too:
         value = scale * code + zero, code 0 ... 2^bits - 1.
-      by: what a scale of K is for: one "channel" of the page (KIVI), or one "token".  V has one for each token.
+      by: unit that shares a scale of K: one "channel" of the page (KIVI), or one "token".  V has one for each token.
     """
 
     kind: str = "bf16"
@@ -47,22 +47,22 @@ class Payload:
 
     @property
     def bits(self) -> int:
-        """Of a value, without scales."""
+        """Bits of a value, without scales."""
         return BITS[self.kind]
 
     @property
     def exact(self) -> bool:
-        """Whether there are no scales."""
+        """True where there are no scales."""
         return self.bits == 16
 
     @property
     def codes(self) -> bool:
-        """Whether values are integer codes in words."""
+        """True where values are integer codes in words."""
         return self.kind.startswith("int")
 
     @property
     def dtype(self):
-        """What q, P and the decoded values are multiplied in; float16 holds every code of up to 10 bits exactly."""
+        """Type in which q, P and the decoded values are multiplied; float16 holds every code of up to 10 bits exactly."""
         return FLOATS[self.kind] if self.exact else jnp.float16
 
     def width(self, head_dim: int) -> int:
@@ -70,19 +70,19 @@ class Payload:
         return min(64, head_dim * self.bits // 16) if self.codes else 64
 
     def columns(self, head_dim: int) -> int:
-        """Of an operand of wgmma, which takes no fewer than 16: two planes where one is narrower."""
+        """Columns of an operand of wgmma, which takes no fewer than 16: two planes where one is narrower."""
         return max(16, self.width(head_dim))
 
     def k_shape(self, head_dim: int) -> tuple[int, int]:
-        """Of one page of `Pages.k`."""
+        """Return the shape of one page of `Pages.k`."""
         return (PAGE, head_dim * self.bits // 16 if self.codes else head_dim)
 
     def v_shape(self, head_dim: int) -> tuple[int, int]:
-        """Of one page of `Pages.v`."""
+        """Return the shape of one page of `Pages.v`."""
         return self.k_shape(head_dim) if self.codes else (head_dim, PAGE)
 
     def rows(self, head_dim: int) -> dict[str, range]:
-        """Rows of 64 in a page of `Pages.scales`, by name; empty without scales."""
+        """Return the rows of 64 in a page of `Pages.scales`, by name; empty without scales."""
         if self.exact:
             return {}
         k_rows = head_dim // 64 if self.by == "channel" else 1
@@ -112,11 +112,11 @@ class Pages:
 
     @property
     def head_dim(self) -> int:
-        """Channels, a number of HEAD_DIMS."""
+        """Number of channels, one of HEAD_DIMS."""
         return self.k.shape[2] * 16 // self.payload.bits if self.payload.codes else self.k.shape[2]
 
     def check(self):
-        """Raises UserError where the arrays do not fit each other and the payload."""
+        """Raise UserError where the arrays do not fit each other and the payload."""
         p, D = self.payload, self.head_dim
         if D not in HEAD_DIMS:
             raise UserError(f"pages.k of {self.k.shape}: head_dim {D}, allowed are {HEAD_DIMS}; pack_pages pads")
@@ -136,13 +136,13 @@ class Pages:
 
 
 def page_bytes(payload: Payload, head_dim: int) -> int:
-    """Bytes of one page, K and V of 64 tokens of one KV head with their scales; `head_dim` as stored (64, 128, 256)."""
+    """Return the bytes of one page, K and V of 64 tokens of one KV head with their scales; `head_dim` as stored (64, 128, 256)."""
     values = 2 * PAGE * head_dim * payload.bits // 8
     return values + sum(map(len, payload.rows(head_dim).values())) * 64 * 2
 
 
 def pack_pages(k: jax.Array, v: jax.Array, payload: Payload, length=None) -> tuple[Pages, jax.Array]:
-    """Writes plain keys and values as pages, in the order of the text.
+    """Write plain keys and values as pages, in the order of the text.
 
     Channel c of K lies in plane j, column w of its row's words, where c = (i * planes + j) * width + x and w = i * width + x.
     Channel h * 64 + r of V at token b * width + x lies in row r, where h * 64 / width + b = i * planes + j and w = i * width + x.
@@ -171,7 +171,7 @@ def pack_pages(k: jax.Array, v: jax.Array, payload: Payload, length=None) -> tup
 
 
 def stored_head_dim(head_dim: int) -> int:
-    """Channels of a page that holds heads of `head_dim`: the next of HEAD_DIMS.
+    """Return the channels of a page that holds heads of `head_dim`: the next of HEAD_DIMS.
 
     Raises:
       UserError: there is none.
@@ -182,14 +182,14 @@ def stored_head_dim(head_dim: int) -> int:
 
 
 def write_pages(k: jax.Array, v: jax.Array, valid: jax.Array, payload: Payload) -> Pages:
-    """Pages from k, v [M,64,D], any float type and D at most 256, and `valid` bool [M,64], places that hold a token.
+    """Return pages of k, v [M,64,D], any float type and D at most 256, and `valid` bool [M,64], places that hold a token.
 
     Scales and zero points are clipped to float16's range.  What lies in channels from D on means nothing.
     """
     D = k.shape[2]
     head_dim = stored_head_dim(D)
     k, v = (jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 0), (0, head_dim - D))) for x in (k, v))
-    # channels that only fill up the page must not widen a token's range
+    # padding channels must not widen a token's range
     valid = valid[..., None] & (jnp.arange(head_dim) < D)
     k, v = (jnp.where(valid, x, 0.0) for x in (k, v))
     if payload.exact:
@@ -211,7 +211,7 @@ def write_pages(k: jax.Array, v: jax.Array, valid: jax.Array, payload: Payload) 
 
 
 def read_pages(pages: Pages) -> tuple[jax.Array, jax.Array]:
-    """k, v float32 [M,64,D] of whole pages, by XLA; what holds no token is anything."""
+    """Return k, v float32 [M,64,D] of whole pages, by XLA; places without a token hold anything."""
     payload, head_dim = pages.payload, pages.head_dim
     if payload.codes:
         width = payload.width(head_dim)
@@ -235,10 +235,10 @@ def read_pages(pages: Pages) -> tuple[jax.Array, jax.Array]:
 
 
 def _encode(x, valid, axis: int, payload: Payload):
-    """Codes of x [pages, 64, D], and their float16 scale and zero over `axis`, which they keep with size 1."""
+    """Return the codes of x [pages, 64, D], and their float16 scale and zero over `axis`, which they keep with size 1."""
     low = jnp.min(jnp.where(valid, x, jnp.inf), axis, keepdims=True)
     high = jnp.max(jnp.where(valid, x, -jnp.inf), axis, keepdims=True)
-    # what holds no token has no range
+    # a place without a token has no range
     low, high = (jnp.where(jnp.any(valid, axis, keepdims=True), y, 0.0) for y in (low, high))
     top = float(jnp.finfo(jnp.float16).max)
     zero = jnp.clip(low, -top, top).astype(jnp.float16)
@@ -254,21 +254,21 @@ def _encode(x, valid, axis: int, payload: Payload):
 
 
 def _words(codes, bits: int):
-    """int16 [..., i * x] from codes [..., i, j, x]: code j of a word at bit `bits * j`."""
+    """Pack codes [..., i, j, x] into int16 [..., i * x]: code j of a word at bit `bits * j`."""
     shifts = bits * jnp.arange(16 // bits, dtype=jnp.int32)[:, None]
     words = jnp.sum(codes << shifts, -2, dtype=jnp.int32)
     return rearrange(words, "... i x -> ... (i x)").astype(jnp.uint16).astype(jnp.int16)
 
 
 def _codes(words, bits: int, width: int):
-    """int32 [..., i, j, x], the inverse of `_words`."""
+    """Unpack int32 [..., i, j, x], the inverse of `_words`."""
     words = rearrange(words.astype(jnp.int32), "... (i x) -> ... i 1 x", x=width)
     shifts = bits * jnp.arange(16 // bits, dtype=jnp.int32)[:, None]
     return (words >> shifts) & (2**bits - 1)
 
 
 def planes(words, bits: int):
-    """In a kernel: the planes of words int16 [64, width] in registers, as float16 [64, width] each, exact integers.
+    """Return, in a kernel, the planes of words int16 [64, width] in registers, as float16 [64, width] each, exact integers.
 
     A code at bit b of a word becomes the mantissa of a float16 whose exponent makes bit b worth 1; codes above bit 10 are shifted down
     first, so that most planes cost one logical instruction and one subtraction for two codes.

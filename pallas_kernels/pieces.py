@@ -1,4 +1,4 @@
-"""Pieces of rows: how the pages of all rows are shared out among the blocks of a decode kernel, and how their results become one."""
+"""Pieces of rows: the division of all rows' pages among the blocks of a decode kernel, and the merge of their results."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ UNEVEN = 4  # a row may have this many times the average number of pieces
 
 
 class Plan(NamedTuple):
-    """Which pages each block takes.
+    """Pages that each block takes.
 
     Attributes:
       piece: int32 [4, I], row, first page, the page behind the last, and tokens of the row; an empty piece has first == last.
       index: int32 [R, X], pieces of each row; None where each row has the same number of neighbouring ones.
-      listed: bool [R, X], which entries of `index` are meant.
+      listed: bool [R, X], which entries of `index` are valid.
     """
 
     piece: jax.Array
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
 
 
 def plan_pieces(length: jax.Array, R: int, n: int, splits: int | None, tile: DecodeTile) -> Plan:
-    """Cuts the pages of R rows in pieces, of equal size for all rows or (`splits`) of equal number.
+    """Cut the pages of R rows in pieces, of equal size for all rows or (`splits`) of equal number.
 
     `length` int32 [R], or [1] for all rows alike; `n` pages of a row at most.  A piece is a whole number of slots; without `splits` there
     are at most as many pieces as blocks run at a time, so a long row takes the blocks that short ones leave.
@@ -60,14 +60,14 @@ def plan_pieces(length: jax.Array, R: int, n: int, splits: int | None, tile: Dec
     end = jnp.cumsum(count)
     number = jnp.arange(I)
     row = jnp.minimum(jnp.sum(end <= number[:, None], 1), R - 1)
-    # those behind the last piece are empty
+    # pieces behind the last one are empty
     i = jnp.where(number < end[-1], number - (end - count)[row], count[row])
     index = jnp.minimum((end - count)[:, None] + jnp.arange(X), I - 1)
     return Plan(_pieces(row, i, size[row], steps[row], length[row], tile), index, jnp.arange(X) < count[:, None])
 
 
 def _pieces(row, i, size, steps, length, tile: DecodeTile):
-    """`Plan.piece`: the i-th piece of `size` slots of each of these rows, which have `steps` slots."""
+    """Return `Plan.piece`: the i-th piece of `size` slots of each of these rows, which have `steps` slots."""
     first = jnp.minimum(i * size, steps) * tile.pages
     stop = jnp.minimum((i + 1) * size, steps) * tile.pages
     total = -(-length // PAGE)
@@ -77,10 +77,10 @@ def _pieces(row, i, size, steps, length, tile: DecodeTile):
 
 
 def merge_pieces(out: jax.Array, lse: jax.Array, plan: Plan, R: int):
-    """Exact union of pieces: out [I,W,D,N], lse [I,W,N] -> out [R,D,N], lse [R,N].  W: the consumers of a block."""
+    """Merge pieces into the exact union: out [I,W,D,N], lse [I,W,N] -> out [R,D,N], lse [R,N].  W: the consumers of a block."""
 
     def of_rows(x, hidden):
-        """[R,X,W,...]; a piece of another row may be nan and must not come in with weight 0."""
+        """Return [R,X,W,...]; a piece of another row may be nan and must not come in with weight 0."""
         if plan.index is None or plan.listed is None:
             return x.reshape(R, -1, *x.shape[1:])
         listed = plan.listed.reshape(*plan.listed.shape, *(1,) * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""Parts that the attention kernels share: constants, register arrays in the layout of wgmma, and how rows are written out."""
+"""Shared parts of the attention kernels: constants, register arrays in the layout of wgmma, and the writing of rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINE = 128  # bytes of a row that are written at a time
 
 
 def swizzled(columns: int):
-    """Transforms of shared memory for 16-bit operands of so many columns."""
+    """Return the transforms of shared memory for 16-bit operands of this number of columns."""
     inner = min(columns, 64)
     return plgpu.TilingTransform((8, inner)), plgpu.SwizzleTransform(2 * inner)
 
@@ -26,21 +26,21 @@ SWIZZLED = swizzled(64)
 
 
 def empty(rows: int, columns: int | None = None):
-    """float32 zeros in registers: [rows, columns], or one a row."""
+    """Return float32 zeros in registers: [rows, columns], or one a row."""
     if columns is None:
         return plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
     return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
 def line_buffer(dtype):
-    """Shared memory through which `write_rows` goes, for both consumers."""
+    """Return the shared memory that `write_rows` goes through, for both consumers."""
     columns = LINE // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(LINE))
     return plgpu.SMEM((2, HALF, columns), dtype, transforms=transforms)
 
 
 def write_rows(acc, buffer, out_ref):
-    """Writes acc [HALF, D] to out_ref [HALF, D] of the type of `buffer` [HALF, columns], so many columns at a time."""
+    """Write acc [HALF, D] to out_ref [HALF, D] of the type of `buffer` [HALF, columns], that number of columns at a time."""
     columns = buffer.shape[1]
     for c in range(0, acc.shape[1], columns):
         # the copy before this one, of this call or the last, has read the buffer
@@ -51,12 +51,12 @@ def write_rows(acc, buffer, out_ref):
 
 
 def rows_of(values, shape, axis: int):
-    """One value a row (axis 0) or a column (axis 1), spread over [rows, columns]."""
+    """Spread one value a row (axis 0) or a column (axis 1) over [rows, columns]."""
     return lax.broadcast_in_dim(values, shape, [axis])
 
 
 def in_loop(index):
-    """`index`, which the compiler takes for another in each turn of a loop, so that it moves nothing that follows from it out.
+    """Return `index`, which the compiler takes for another in each turn of a loop, so that it moves nothing that follows from it out.
 
     It would keep the 16 descriptors of each operand of wgmma in registers for the whole loop: up to 120 bytes of a thread spilled.
     """

@@ -1,4 +1,4 @@
-"""Scores of blocks for Hopper: what a sparse pattern ranks before it attends (pooled keys, antidiagonals, page extremes).
+"""Scores of blocks for Hopper, by which a sparse pattern ranks them before it attends (pooled keys, antidiagonals, page extremes).
 
 All three are one product of rows by columns whose result is wanted by block.  A block of the grid takes 128 rows and up to `run` tiles of
 columns; two consumer warpgroups of 64 rows each, and one whose single thread feeds them through a ring of `stages` slices.
@@ -49,7 +49,7 @@ def score_pooled(
     q_offset=0,
     tile: ScoreTile | None = None,
 ) -> jax.Array:
-    """As `lcx.ops.block_scores.score_pooled`; q and k in bfloat16 or float16, the products in float32."""
+    """Compute `lcx.ops.block_scores.score_pooled`; q and k in bfloat16 or float16, the products in float32."""
     check_pooled(q, k, scale, rows, size)
     check_types(q, k)
     B, K, G, Q, D = q.shape
@@ -69,7 +69,7 @@ def score_pooled(
 
 
 def score_minmax(q: jax.Array, low: jax.Array, high: jax.Array, *, tile: ScoreTile | None = None) -> jax.Array:
-    """As `lcx.ops.block_scores.score_minmax`; all in bfloat16 or float16, the products in float32."""
+    """Compute `lcx.ops.block_scores.score_minmax`; all arrays in bfloat16 or float16, the products in float32."""
     check_minmax(q, low, high)
     check_types(q, low, high)
     B, K, G, T, D = q.shape
@@ -92,7 +92,7 @@ def score_antidiagonal(
     kv_len=None,
     tile: ScoreTile | None = None,
 ) -> jax.Array:
-    """As `lcx.ops.block_scores.score_antidiagonal`; q and k in bfloat16 or float16, stride 4, 8 or 16.
+    """Compute `lcx.ops.block_scores.score_antidiagonal`; q and k in bfloat16 or float16, stride 4, 8 or 16.
 
     exp2 of a column is rounded to float16 before it is added up (relative 2^-11; below 2^-24 of its tile's largest it counts 0).
     """
@@ -122,7 +122,7 @@ def score_antidiagonal(
 
 
 def _distribution(sums, top, limit, shape, per_block: int, tile: ScoreTile):
-    """Rows' parts -> mean probability of each block: float32 [B,K,G,Q,N]."""
+    """Return the mean probability of each block from the rows' parts: float32 [B,K,G,Q,N]."""
     B, K, G, R, N = shape
     tiles, wide = top.shape[1], tile.columns // per_block
     sums = sums.reshape(B, K * G, R, tiles, wide)
@@ -147,7 +147,7 @@ def _tile(head_dim: int) -> ScoreTile:
 
 
 def check_types(q, *others):
-    """Raises UserError for types and head dims that the kernels of scores do not serve."""
+    """Raise UserError for types and head dims that the kernels of scores do not serve."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) or any(x.dtype != q.dtype for x in others):
         raise UserError(f"q {q.dtype}, keys {others[0].dtype}: allowed are all bfloat16 or all float16")
     if q.shape[-1] > max(SCORE):
@@ -155,12 +155,12 @@ def check_types(q, *others):
 
 
 def _products(a, bs, limit, scale: float, tile: ScoreTile, *, group: int | None = None, first=None):
-    """Rows of `a` by columns of `bs`, whose channels follow each other in `a`.
+    """Multiply rows of `a` by columns of `bs`, whose channels follow each other in `a`.
 
     Args:
       a: [Z,R,C]; bs: each [Zb,Cb,N], Z a multiple of Zb; C the sum of the Cb in whole slices.
       limit: int32 [B, tiles of rows], columns that the rows of a tile see; of the others nothing is written.
-      group: None: products alone.  A number: sums of exp2 over so many successive columns, rows and columns being steps of a text: row r
+      group: None: only products.  A number: sums of exp2 over this many successive columns, rows and columns being steps of a text: row r
         sees columns up to `first` + r, int32 [B].
 
     Returns:

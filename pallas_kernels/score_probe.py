@@ -1,4 +1,4 @@
-"""Attention mass of a text's last queries by key and by distance for Hopper: what MInference ranks before it attends.
+"""Attention mass of a text's last queries by key and by distance for Hopper, by which MInference ranks before it attends.
 
 Two passes over the keys, which lie in tiles of 64; a block takes up to `run` tiles of one query head, one thread feeds a ring of `stages`
 tiles, two consumer warpgroups take the tiles in turn.
@@ -45,7 +45,7 @@ def score_probe(
     window: int | None = None,
     tile: ProbeTile | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `lcx.ops.block_scores.score_probe`; q and k in bfloat16 or float16, everything after their product in float32."""
+    """Compute `lcx.ops.block_scores.score_probe`; q and k in bfloat16 or float16, everything after their product in float32."""
     check_probe(q, k, scale, window)
     check_types(q, k)
     B, K, G, T, D = q.shape
@@ -82,7 +82,7 @@ def score_probe(
 
 
 def _call(q, k, lse, lengths, scale, window, T, tile: ProbeTile):
-    """Pass 1 (`lse` None): (largest logit, sum) in powers of two, float32 [B,H,2 runs,64] both.
+    """Call pass 1 (`lse` None): (largest logit, sum) in powers of two, float32 [B,H,2 runs,64] each.
 
     Pass 2: (sums by key float32 [B,H,S], by diagonal of a tile float32 [B,H,tiles,128]).
     """
@@ -147,7 +147,7 @@ def _call(q, k, lse, lengths, scale, window, T, tile: ProbeTile):
                     p_smem.at[wg, :, side : side + SIZE][...] = empty(HALF, SIZE)
 
             def logits(turn):
-                """Number of the tile, and its logits in powers of two, HIDDEN where a query may not see."""
+                """Return the number of the tile, and its logits in powers of two, HIDDEN where a query may not see."""
                 step = turn * 2 + wg
                 slot = lax.rem(step, stages)
                 plgpu.barrier_wait(ready.at[slot])

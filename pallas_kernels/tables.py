@@ -1,4 +1,4 @@
-"""Tile sizes and pipeline depths of the kernels, by head_dim: what `autotune` measures on a GPU and writes.
+"""Tile sizes and pipeline depths of the kernels, by head_dim, as `autotune` measures them on a GPU and writes them.
 
 Every entry compiles for the H200 without a spilled register (tests/test_kernel_*.py); none has been timed on a card yet.
 """
@@ -109,17 +109,17 @@ DECODE = {
 
 
 def decode_entry(kind: str, head_dim: int) -> tuple[DecodeTile, DecodeTile, DecodeTile | None]:
-    """The table's tiles for a payload."""
+    """Return the table's tiles for a payload."""
     return DECODE["bf16" if kind == "f16" else kind, head_dim]
 
 
 def decode_rows(kind: str, head_dim: int) -> int:
-    """The most rows of queries that one of a payload's tiles takes."""
+    """Return the upper bound on rows of queries that one of a payload's tiles takes."""
     return 16 if decode_entry(kind, head_dim)[2] is None else 32
 
 
 def decode_tile(kind: str, head_dim: int, rows: int) -> DecodeTile:
-    """The tile for a payload and `rows` of queries, at most `decode_rows` of them."""
+    """Return the tile for a payload and `rows` of queries, at most `decode_rows` of them."""
     narrow, middle, wide = decode_entry(kind, head_dim)
     return narrow if rows <= 8 else middle if rows <= 16 or wide is None else wide
 

@@ -23,7 +23,7 @@ CPU and the version of JAX: where these are others than those of the record, rec
 
 Programs of the tiny model are compiled without most of XLA's optimisations: three times faster, and rounded more as they are written.
 Sizes and runs are in before_after_runs.py: classes and fields are found by their names (`with_fields`), wherever they are nested or
-defined, and what else may move is imported and called under "adapter" alone.  A refactoring edits that part and keeps the record.
+defined, and what else may move is imported and called only under "adapter".  A refactoring edits that part and keeps the record.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# the checkout that the script lies in, whatever is installed
+# the script's own checkout, whatever version is installed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
@@ -50,21 +50,21 @@ from lcx.errors import UserError
 
 
 def provenance() -> dict[str, str]:
-    # fixed words
+    # words that are always the same
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()  # noqa: S603
     return {"commit": commit, "jax": jax.__version__, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
 
 
 def record(section: str, names: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
-    """Quantities by config, and logits by "config, mode"."""
+    """Return quantities by config, and logits by "config, mode"."""
     quantities, logits = {}, {}
     compilations = Compilations()
     jax.config.update("jax_disable_most_optimizations", section == "tiny")
     layers = tiny_layers(TINY) if section == "tiny" else None
     for name in names:
         print(f"{section}: {name}", file=sys.stderr, flush=True)
-        # how many programs a config compiles must not depend on the ones before it
+        # the number of programs that a config compiles must not depend on the configs before it
         jax.clear_caches()
         if layers is None:
             quantities[name] = record_temp(name)
@@ -75,7 +75,7 @@ def record(section: str, names: list[str]) -> tuple[dict[str, dict[str, Any]], d
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, Any, Any]]:
-    """(config, quantity, before, after) of what differs; None where a side lacks it."""
+    """Return (config, quantity, before, after) of each difference; None where a side lacks the quantity."""
     rows = []
     for name in before:
         for quantity in dict.fromkeys([*before[name], *after[name]]):
@@ -88,7 +88,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tup
 def logit_differences(
     before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, str, Any, Any]]:
-    """As `differences`: 0.0 and the largest absolute difference; the shapes where these differ, None where a side has no logits."""
+    """Return differences of logits: 0.0 and the largest absolute one; the shapes where these differ, None where a side has no logits."""
     for key in dict.fromkeys([*before, *after]):
         name, mode = key.split(", ", 1)
         shapes = [side[key].shape if key in side else None for side in (before, after)]
@@ -101,7 +101,7 @@ def logit_differences(
 
 
 def read_allowed(path: Path) -> list[dict[str, str]]:
-    """The differences that are meant.
+    """Return the intended differences.
 
     Raises:
       UserError: an entry without config, quantity or reason.
@@ -114,7 +114,7 @@ def read_allowed(path: Path) -> list[dict[str, str]]:
 
 
 def show(rows: list[tuple[str, str, Any, Any]], allowed: list[dict[str, str]]) -> int:
-    """Print the table; the number of differences that are not allowed."""
+    """Print the table, and return the number of differences that are not allowed."""
     refused = 0
     for name, quantity, before, after in rows:
         reasons = [
@@ -139,10 +139,10 @@ def define_flags() -> None:
     flags.DEFINE_string("write", None, "Record into this JSON file; sections that are not run stay.")
     flags.DEFINE_string("against", None, "Compare with this JSON file.")
     flags.DEFINE_string("logits", "tests/data/before_logits.npz", "Where logits are kept.")
-    flags.DEFINE_string("allowed", "docs/measured/allowed.json", "Differences that are meant.")
+    flags.DEFINE_string("allowed", "docs/measured/allowed.json", "Intended differences.")
     flags.DEFINE_bool("tiny", True, "The section of the tiny model.")
     flags.DEFINE_bool("temp", False, "The section of scratch memory.")
-    flags.DEFINE_list("configs", None, "Compare these alone, such as h2o,snapkv.")
+    flags.DEFINE_list("configs", None, "Compare only these, such as h2o,snapkv.")
 
 
 def main() -> None:
@@ -154,7 +154,7 @@ def main() -> None:
         raise UserError("give one of --write=FILE and --against=FILE, and at least one of --tiny and --temp")
     if values.write is not None:
         if values.configs:
-            raise UserError("--configs goes with --against alone: a record holds every config")
+            raise UserError("--configs goes only with --against: a record holds every config")
         write(ROOT / values.write, ROOT / values.logits, sections)
     else:
         allowed = read_allowed(ROOT / values.allowed)
@@ -164,7 +164,7 @@ def main() -> None:
 def write(path: Path, logits_path: Path, sections: list[str]) -> None:
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for section in sections:
-        # files that are edited while this runs are not what is recorded
+        # files edited while this runs would falsify the record
         recorded = provenance()
         quantities, logits = record(section, method_names())
         kept[section] = {"recorded": recorded, "configs": quantities}
@@ -174,7 +174,7 @@ def write(path: Path, logits_path: Path, sections: list[str]) -> None:
 
 
 def compare(path: Path, logits_path: Path, sections: list[str], configs, allowed) -> int:
-    """Exit code: 1 where something differs that is not allowed."""
+    """Return the exit code: 1 where a quantity differs that is not allowed to."""
     recorded = json.loads(path.read_text(encoding="utf-8"))
     missing = sorted(set(sections) - set(recorded))
     if missing:

@@ -28,28 +28,28 @@ from lcx.session import Session
 
 
 def tiny_layers(config: ModelConfig) -> Layers:
-    """The random model, taken apart for running."""
+    """Return the random model, taken apart for running."""
     return Layers.of(Model(config, random_weights(config, 1, jnp.float32)))
 
 
 def head_split(scores) -> Any:
-    """Aux of two kinds of KV heads, half of them of each kind."""
+    """Return aux of two kinds of KV heads, half of them of each kind."""
     return split_by_score(scores, 0.5)
 
 
 def recipe_bytes(experiment: Experiment, phase: str, model, prompt: int, new: int, aux, batch: int, dtype) -> int:
-    """`Recipe.bytes` of one phase."""
+    """Return `Recipe.bytes` of one phase."""
     return experiment.recipe.bytes(model, prompt, new, phase=phase, aux=aux, batch=batch, dtype=jnp.dtype(dtype))
 
 
 def row_logits(session: Session, x) -> np.ndarray:
-    """The residual stream [B,T,E] of a step -> float32 [T,B,V]."""
+    """Return the float32 logits [T,B,V] of a step's residual stream [B,T,E]."""
     B, T, E = x.shape
     return np.asarray(session.layers.logits(x.reshape(B * T, E))).reshape(B, T, -1).swapaxes(0, 1)
 
 
 def layer_programs(experiment: Experiment, model, tokens: int, dtype, device: str, aux) -> Iterator[tuple[str, Any]]:
-    """(name, XLA's memory plan) of each program that layers run for a prompt of `tokens` tokens and a decode step after it."""
+    """Yield (name, XLA's memory plan) of each program that layers run for a prompt of `tokens` tokens and a decode step after it."""
     target = None if device == "cpu" else gpu_target(device)
     implementation = resolve(None, target.capability if target else None)
     setting = Setting(model, 0, 1, jnp.dtype(dtype), 0, implementation=implementation)
@@ -61,7 +61,7 @@ def layer_programs(experiment: Experiment, model, tokens: int, dtype, device: st
             yield f"{part.name}, layer {part.layer}", report
 
 
-# what is run
+# configs and their sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelConfig("tiny", 3, 48, 6, 2, 32, 40, 97, 512)  # head_dim suits groups of 32
@@ -115,7 +115,7 @@ SETTINGS = {
 
 
 def with_fields(value: Any, changes: Mapping[str, Mapping[str, Any]]) -> tuple[Any, set[str]]:
-    """`value` with fields of nested dataclasses replaced, all of one dataclass at once, and the class names that were met.
+    """Return `value` with fields of nested dataclasses replaced, all of one dataclass at once, and the class names that were met.
 
     Args:
       value: a frozen dataclass, or a tuple of them.
@@ -141,7 +141,7 @@ def with_fields(value: Any, changes: Mapping[str, Mapping[str, Any]]) -> tuple[A
 
 
 def small_experiment(name: str) -> Experiment:
-    """The config with the sizes of SETTINGS.
+    """Return the config with the sizes of SETTINGS.
 
     Raises:
       UserError: a class that SETTINGS names is not part of the config.
@@ -155,12 +155,12 @@ def small_experiment(name: str) -> Experiment:
 
 
 def config_of(name: str) -> Any:
-    """The config of a method, an Experiment."""
+    """Return the config of a method, an Experiment."""
     return load_config(ROOT / "configs" / f"{name}.py")
 
 
 def method_names() -> list[str]:
-    """The configs that return an Experiment.
+    """Return the configs that return an Experiment.
 
     Raises:
       UserError: one has no line in SETTINGS.
@@ -178,7 +178,7 @@ def method_names() -> list[str]:
 
 
 class Compilations:
-    """Counts the programs that XLA compiles in this process."""
+    """Counter of the programs that XLA compiles in this process."""
 
     def __init__(self):
         self.count = 0
@@ -189,7 +189,7 @@ class Compilations:
 
 
 def play(session: Session, tokens: np.ndarray, prompt: int) -> tuple[np.ndarray, int]:
-    """Logits [1 + STEPS + LAST_STEP,B,V] and the bytes of the cache after the prompt."""
+    """Return logits [1 + STEPS + LAST_STEP,B,V] and the bytes of the cache after the prompt."""
     logits = [np.asarray(session.prefill(tokens[:, :prompt], [prompt, SHORT]))[None]]
     held = session.cache_bytes
     for i in range(prompt, prompt + STEPS):
@@ -199,7 +199,7 @@ def play(session: Session, tokens: np.ndarray, prompt: int) -> tuple[np.ndarray,
 
 
 def record_tiny(name: str, layers: Layers, compilations: Compilations) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Quantities of a config on the tiny model, and logits by mode."""
+    """Return the quantities of a config on the tiny model, and logits by mode."""
     experiment, prompt, new = small_experiment(name), SETTINGS[name].prompt, STEPS + LAST_STEP
     split = experiment.aux is not None
     aux = head_split(TINY_SCORES) if split else None
@@ -225,7 +225,7 @@ def record_tiny(name: str, layers: Layers, compilations: Compilations) -> tuple[
             raise UserError(
                 f"config={name!r}, {mode}: logits are not finite; mend the method before figures are recorded"
             )
-        found = {
+        measured = {
             "refused": False,
             "num_programs": compiled.num_programs,
             "cache_bytes, prompt": after_prompt,
@@ -236,8 +236,8 @@ def record_tiny(name: str, layers: Layers, compilations: Compilations) -> tuple[
         session.reset()
         before = compilations.count
         play(session, (tokens + 1) % TINY.vocab_size, prompt)
-        found["recompilations"] = compilations.count - before
-        quantities |= {f"{mode}, {quantity}": value for quantity, value in found.items()}
+        measured["recompilations"] = compilations.count - before
+        quantities |= {f"{mode}, {quantity}": value for quantity, value in measured.items()}
     return quantities, logits
 
 
@@ -245,7 +245,7 @@ def record_tiny(name: str, layers: Layers, compilations: Compilations) -> tuple[
 
 
 def record_temp(name: str) -> dict[str, Any]:
-    """Quantities of a config's compiled programs, at its own sizes."""
+    """Return the quantities of a config's compiled programs, at its own sizes."""
     experiment = config_of(name)
     aux = None if experiment.aux is None else head_split(LLAMA_SCORES)
     experiment = dataclasses.replace(experiment, schedule=OneShot() if SETTINGS[name].whole else Chunked(LONG_CHUNK))

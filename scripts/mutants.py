@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put each seeded fault of tests/mutants/ into a copy of the tree, alone, and say which ones the tests let live.
+"""Put each seeded fault of tests/mutants/ by itself into a copy of the tree, and report the ones that the tests let live.
 
 Exit status: 0 when every fault fails a test, 1 when one lives or cannot be judged, 2 when there was nothing sound to judge.
 """
@@ -25,12 +25,12 @@ PASSED, FAILED = 0, 1  # of pytest; the others are not verdicts
 
 
 class Refused(Exception):
-    """One line: cause, then remedy."""
+    """Error of one line: cause, then remedy."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault.
+    """One seeded fault.
 
     Attributes:
       name: method and number in its file, from 1.
@@ -122,7 +122,7 @@ def changed_files(revision: str) -> set[str]:
 
 
 def concerned(mutant: Mutant, changed: set[str]) -> bool:
-    """Whether a change touches the file of a fault, its tests or its own description."""
+    """Return True where a change touches the file of a fault, its tests or its own description."""
     return bool(changed & {mutant.file, *mutant.tests, f"tests/mutants/{mutant.method}.toml"})
 
 
@@ -162,7 +162,7 @@ def hunt(mutants: list[Mutant], tree: Path, limit: float) -> Counter:
 
 
 def _verdict(mutant: Mutant, tree: Path, limit: float) -> tuple[str, float]:
-    """("killed" | "LIVES" | "unclear", seconds)"""
+    """Return ("killed" | "LIVES" | "unclear", seconds)."""
     path = tree / mutant.file
     text = path.read_text(encoding="utf-8")
     start = time.monotonic()

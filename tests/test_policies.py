@@ -605,5 +605,7 @@ def test_snapkv_votes_with_the_mask_of_the_pattern():
 
 @pytest.mark.parametrize("policy", [TOVA(BUDGET), H2O(BUDGET)])
 def test_policies_that_need_attention_are_refused_after_a_cut(policy):
-    with pytest.raises(UserError, match="needs the attention over every key .*, which SnapKV does not leave; take one"):
+    with pytest.raises(
+        UserError, match="needs the attention over every key .*, which SnapKV does not leave; choose one"
+    ):
         Recipe((Segment(policy=policy, compress=SnapKV(BUDGET, window=3)),))

@@ -32,7 +32,7 @@ def define_flags() -> None:
 
 
 class Peer:
-    """The child process of hf_speed.py."""
+    """Child process of hf_speed.py."""
 
     def __init__(self, python: str):
         try:

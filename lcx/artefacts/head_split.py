@@ -1,4 +1,4 @@
-"""Which KV heads are retrieval heads: scores of one model, and the split that follows from them."""
+"""Retrieval heads of a model: scores of its KV heads, and the split that follows from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent / "head_splits"
 
 
 def split_by_score(scores, streaming: float) -> Aux:
-    """The KV heads of every layer, divided over the whole model: layers may differ, and may lack one kind.
+    """Divide the KV heads of every layer by a ranking over the whole model: layers may differ, and may lack one kind.
 
     Args:
       scores: [L,K], the higher, the rather a retrieval head.  Of equal ones the first in order streams first.
@@ -33,7 +33,7 @@ def split_by_score(scores, streaming: float) -> Aux:
 
 @dataclass(frozen=True)
 class HeadSplit(AuxSource):
-    """Which KV heads are retrieval heads, from scores that were measured once per model.
+    """Retrieval heads by scores that were measured once per model.
 
     The splits that lcx ships are found by the model's own name, `ModelConfig.name`.  They rank by attention mass on plain
     text (`lcx.artefacts.head_mass`), not by the paper's trained gates: SmolLM2 at 0.5 keeps its likelihood (NLL + 0.03 a
@@ -56,7 +56,7 @@ class HeadSplit(AuxSource):
         return split_by_score(_scores(path, _read(path), model), self.streaming)
 
     def stand_in(self, model: ModelConfig) -> tuple[Aux, str]:
-        """A split in numbers, for the memory of models that have none: the streaming heads spread evenly over the layers."""
+        """Return a split of the right sizes, for the memory of models that have none: the streaming heads spread evenly over the layers."""
         if self.file is not None:
             # a file that was named must be right
             return self.load(model), ""
@@ -88,7 +88,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _scores(path: Path, record: dict[str, Any], model: ModelConfig) -> np.ndarray:
-    """float64 [L,K], checked against the model's sizes."""
+    """Return the scores, float64 [L,K], checked against the model's sizes."""
     sizes = record.get("sizes")
     wanted = {n: getattr(model, n) for n in ("num_layers", "num_heads", "num_kv_heads", "head_dim")}
     if sizes != wanted:

@@ -1,4 +1,4 @@
-"""Where a method's arrays come from."""
+"""Sources of a method's arrays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class AuxSource(Protocol):
         ...
 
     def stand_in(self, model: ModelConfig) -> tuple[Aux, str]:
-        """Return arrays of the right shapes for a model that has none, and a note that says so: what a plan of memory needs."""
+        """Return arrays of the right shapes for a model that has none, with a note about it: a plan of memory needs them."""
         ...
 
     def check_weights(self, model: ModelConfig, sha256: str) -> None:

@@ -1,1 +1,1 @@
-"""Which code computes attention: XLA, the kernels for Hopper, cuDNN."""
+"""Code that computes attention: XLA, the kernels for Hopper, cuDNN."""

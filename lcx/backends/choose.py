@@ -1,4 +1,4 @@
-"""Which code computes attention over the keys of a source: XLA everywhere, the kernels of `pallas_kernels` on Hopper where they can.
+"""Choice of the code that computes attention over a source: XLA everywhere, the kernels of `pallas_kernels` on Hopper where they can.
 
 None      "auto" on Hopper, "xla" elsewhere
 "auto"    the kernels for each source and page list that they can honour, XLA for the others
@@ -28,7 +28,7 @@ HOPPER = (9, 0)
 
 
 def resolve(implementation: str | None, capability: tuple[int, int] | None = None) -> str:
-    """Return what a session runs, static in its programs.
+    """Return the implementation that a session runs, static in its programs.
 
     Args:
       implementation: None, "auto", "xla", "pallas" or "cudnn".
@@ -75,11 +75,11 @@ def attend(
     mask: Mask | None = None,
     implementation: str = "xla",
 ) -> Partial:
-    """`ops.attention.attend` by an implementation.
+    """Compute `ops.attention.attend` by an implementation.
 
     Args:
       q, sources, q_pos, scale, mask: as there.
-      implementation: what `resolve` returned.
+      implementation: result of `resolve`.
 
     Returns:
       Partial: as there.  More than 128 query rows of a KV head go through the kernel with results in the type of q, one rounding more.
@@ -118,7 +118,7 @@ def attend_visits(
     mask: Mask | None = None,
     implementation: str = "xla",
 ) -> tuple[Partial, jax.Array]:
-    """`ops.visits.attend_visits` by an implementation, as `attend`.
+    """Compute `ops.visits.attend_visits` by an implementation, as `attend`.
 
     Raises:
       UserError: "pallas" was named and cannot honour the list, or "cudnn" was named for the step's own tokens.
@@ -130,14 +130,12 @@ def attend_visits(
         if implementation == "pallas":
             raise UserError(f"implementation='pallas': {why}")
     if implementation == "cudnn" and not source.held:
-        raise UserError(
-            "implementation='cudnn': it reads this step's own tokens whole; the pattern lists pages of them"
-        )
+        raise UserError("implementation='cudnn' cannot attend this step's own tokens by page list; use 'auto' or 'xla'")
     return visits.attend_visits(q, source, q_pos, visit, scale=scale, mask=mask)
 
 
 def score_minmax(q, low, high, *, implementation: str = "xla") -> jax.Array:
-    """`ops.block_scores.score_minmax` by an implementation, with cuDNN by XLA.
+    """Compute `ops.block_scores.score_minmax` by an implementation; XLA stands in for cuDNN.
 
     Raises:
       UserError: "pallas" was named and the kernel does not serve the types or the head_dim.
@@ -150,7 +148,7 @@ def score_minmax(q, low, high, *, implementation: str = "xla") -> jax.Array:
 
 
 def score_probe(q, k, *, implementation: str = "xla", **asked) -> tuple[jax.Array, jax.Array]:
-    """`ops.block_scores.score_probe` by an implementation, as `score_minmax`."""
+    """Compute `ops.block_scores.score_probe` by an implementation, as `score_minmax`."""
     if not _scored_by_kernel(q, k, implementation):
         return block_scores.score_probe(q, k, **asked)
     from pallas_kernels.score_probe import score_probe as kernel

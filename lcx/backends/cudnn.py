@@ -24,7 +24,7 @@ def why_not(q, source: Source, mask: Mask | None) -> str | None:
 
 
 def attend(q, source: Source, q_pos, *, mask: Mask | None, scale: float) -> Partial:
-    """Attention over this step's own tokens, padded on the right; row t reads the real ones up to itself."""
+    """Compute attention over this step's own tokens, padded on the right; row t reads the valid tokens up to itself."""
     B, K, G, T, D = q.shape
     k, v = source.tile(0, T)
     real = jnp.sum(q_pos != EMPTY, -1, dtype=jnp.int32)

@@ -1,1 +1,1 @@
-"""The benchmark of the kernels: what is measured, against whom, how times are taken, and what stands for the GPU where there is none."""
+"""The benchmark of the kernels: cases, peers, timing, and a stand-in for the GPU where there is none."""

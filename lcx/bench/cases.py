@@ -1,4 +1,4 @@
-"""The rows of the benchmark: shapes, what a kernel does with them, what it costs at least, and a float32 reference at small sizes."""
+"""The rows of the benchmark: shapes, the kernel's work on them, its least cost, and a float32 reference at small sizes."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ EXTREMES = 16  # tokens of a page of `minmax`
 
 @dataclass(frozen=True)
 class Case:
-    """One row.
+    """One row of the benchmark.
 
     Attributes:
       kernel: a name of CHECKED: "decode" reads pages, "decode_slots" plain arrays through `lcx.backends.choose`.
       tokens: keys; of prefill queries too.
       head_dim, heads, kv_heads, batch: shapes.
       density: share of the causal tiles that a list holds; None: no list.
-      window, sink: of the mask, None and 0: causal alone.
+      window, sink: of the mask, None and 0: only causal.
       queries: T; None: 1 in decode and minmax, 64 in a probe, all tokens else.  They are the last ones.
       payload, by: of the pages of "decode", see `payloads.Payload`.
       stride: of "antidiagonal".
@@ -66,8 +66,8 @@ class Case:
             by = " by token" if self.by == "token" else ""
             return f"decode {self.payload}{by} {shape}" + (f" T {self.T}" if self.T > 1 else "")
         if self.kernel in SCORES:
-            about = {"antidiagonal": f" stride {self.stride}", "minmax": f" page {EXTREMES}"}.get(self.kernel, "")
-            return f"score {self.kernel}{about} {shape} last {self.T:,} queries"
+            detail = {"antidiagonal": f" stride {self.stride}", "minmax": f" page {EXTREMES}"}.get(self.kernel, "")
+            return f"score {self.kernel}{detail} {shape} last {self.T:,} queries"
         mask = "causal" if self.window is None else f"window {self.window} + {self.sink}"
         what = mask if self.density is None else f"{mask}, list {self.density:.0%}"
         return f"{self.kernel} {shape} {what}"
@@ -78,7 +78,7 @@ class Case:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """q, k, v as the kernels take them."""
+        """Shapes of q, k and v in the layout of the kernels."""
         B, K, S, D = self.batch, self.kv_heads, self.tokens, self.head_dim
         return (B, K, self.heads // K, self.T, D), (B, K, D, S), (B, K, S, D)
 
@@ -108,7 +108,7 @@ class Case:
 
     @property
     def bytes(self) -> float:
-        """Keys and values, read once: whole pages with their scales, or 16 bits each."""
+        """Bytes of keys and values, read once: whole pages with their scales, or 16 bits each."""
         if self.kernel == "decode":
             pages = self.batch * self.kv_heads * -(-self.tokens // PAGE)
             return pages * page_bytes(Payload(self.payload, self.by), self.head_dim)
@@ -119,7 +119,7 @@ class Case:
         return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, self.shapes, strict=True))
 
     def chosen(self, seed: int = 0) -> np.ndarray:
-        """bool [1,H,Q,N]: random causal tiles of the density; the diagonal and the first are always among them."""
+        """Return bool [1,H,Q,N]: random causal tiles of the density; the diagonal and the first are always among them."""
         Q, N = -(-self.T // ROWS), -(-self.tokens // SIZE)
         rng = np.random.default_rng(seed)
         first = N - Q
@@ -130,7 +130,7 @@ class Case:
         return tiles & (np.arange(N) <= (rows + first)[:, None])
 
     def blocks(self) -> BlockList | None:
-        """The list, made in XLA outside of what is timed."""
+        """Return the list of tiles, made in XLA outside of the timed program."""
         if self.density is None:
             return None
         offset = self.tokens - self.T
@@ -140,7 +140,7 @@ class Case:
 
 
 def ours(case: Case, blocks: BlockList | None = None, tile=None) -> Callable:
-    """The kernel as one function of (q, k, v); `blocks` are arguments of the program, not constants.  `tile`: of other sizes."""
+    """Return the kernel as a function of (q, k, v); `blocks` are arguments of the program, not constants.  `tile`: of other sizes."""
     scale, offset = case.head_dim**-0.5, case.tokens - case.T
     if case.kernel == "decode_slots":
         near = None if case.window is None else Near(case.window, case.sink)
@@ -153,12 +153,12 @@ def ours(case: Case, blocks: BlockList | None = None, tile=None) -> Callable:
             return attend_by(q, [source], pos, scale=scale, mask=near, implementation="pallas")
 
         return decode
-    about: dict[str, Any] = {"scale": scale, "mask": case.mask, "q_offset": offset, "blocks": blocks, "tile": tile}
+    settings: dict[str, Any] = {"scale": scale, "mask": case.mask, "q_offset": offset, "blocks": blocks, "tile": tile}
     if case.kernel == "forward":
-        return partial(attend, out_dtype=jnp.bfloat16, **about)
+        return partial(attend, out_dtype=jnp.bfloat16, **settings)
 
     def loss(q, k, v):
-        return attend_with_gradient(q, k, v, out_dtype=jnp.bfloat16, **about).out.astype(jnp.float32).sum()
+        return attend_with_gradient(q, k, v, out_dtype=jnp.bfloat16, **settings).out.astype(jnp.float32).sum()
 
     return jax.grad(loss, (0, 1, 2))
 
@@ -171,7 +171,7 @@ def _tiles(k, v):
 
 
 def reference(case: Case) -> Callable:
-    """The same in float32 by `lcx.ops.attention`, or through a dense mask where there is a list."""
+    """Return the float32 reference by `lcx.ops.attention`, or through a dense mask where there is a list."""
     scale, offset = case.head_dim**-0.5, case.tokens - case.T
 
     def forward(q, k, v):
@@ -197,23 +197,23 @@ def reference(case: Case) -> Callable:
 
 
 def error(got, want) -> float:
-    """The largest difference of any result, over the largest value of it; lse is held to a tenth of that."""
+    """Return the largest difference of any result, over the largest value of that result; lse is held to a tenth of this."""
     if isinstance(want, Partial):
         got, want = (got.out, 10 * got.lse), (want.out, 10 * want.lse)
-    found = 0.0
+    largest = 0.0
     for a, b in zip(got, want, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         both = np.isneginf(a) & np.isneginf(b)
         a, b = np.where(both, 0, a), np.where(both, 0, b)
         if not np.isfinite(a).all():
             return float("inf")
-        found = max(found, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)))
-    return found
+        largest = max(largest, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)))
+    return largest
 
 
 SMALL = {"heads": 4, "kv_heads": 2}
 WIDE = {"heads": 8, "kv_heads": 1}  # GQA 8
-# what is checked before anything is timed; on a CPU interpreted, so few tiles
+# checks that run before anything is timed; on a CPU they are interpreted, so they have few tiles
 CHECKS = (
     Case("forward", 256, **SMALL),
     *(Case("forward", 256, D, heads=2, kv_heads=1) for D in (64, 256)),
@@ -230,5 +230,5 @@ CHECKS = (
 
 
 def checks(on_gpu: bool) -> list[Case]:
-    """On a GPU the same at 2,048 tokens."""
+    """Return the checks; on a GPU they have 2,048 tokens."""
     return [replace(c, tokens=c.tokens + 2_048 - 256) if on_gpu else c for c in CHECKS]

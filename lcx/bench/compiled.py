@@ -1,4 +1,4 @@
-"""Compile a kernel for the H200, which is not there, and read what ptxas says about it."""
+"""Compile a kernel for the H200, which need not be installed, and read the report of ptxas."""
 
 import os
 import re
@@ -17,10 +17,10 @@ SHARED_LIMIT = TARGETS["h200"].shared_optin_bytes  # 232,448: of one block
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of the Mosaic GPU kernels of a function; the worst of them where there are several.
+    """Compiler's figures for the Mosaic GPU kernels of a function; the worst of them where there are several.
 
     Attributes:
-      kernels: how many there are.
+      kernels: number of kernels.
       registers: of a thread at launch; `set_max_registers` moves them between warpgroups later, and spills count either way.
       spill_stores, spill_loads, stack: bytes of a thread.
       shared: bytes of a block, static and dynamic.
@@ -67,7 +67,7 @@ def _one(pattern: str, text: str, name: str) -> list[int]:
 
 
 def compile_kernel(fn: Callable, *shapes) -> Report:
-    """`fn` compiled for the H200 from shapes alone (`jax.ShapeDtypeStruct`, or arrays), in pytrees.
+    """Compile `fn` for the H200 from shapes (`jax.ShapeDtypeStruct`, or arrays), in pytrees.
 
     Raises:
       UserError: as `compile_for`.

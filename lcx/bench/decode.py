@@ -18,12 +18,12 @@ LEAST = 4  # calls of a program
 
 
 def calls(case: Case) -> int:
-    """Times that the timed program attends, each over pages of its own."""
+    """Return how often the timed program attends, each time over pages of its own."""
     return max(LEAST, int(-(-BEYOND // case.bytes)))
 
 
 def abstract_pages(payload: Payload, head_dim: int, pages: int) -> Pages:
-    """A pool, as shapes."""
+    """Return a pool as shapes."""
     shape = jax.ShapeDtypeStruct
     store = jnp.int16 if payload.codes else FLOATS[payload.kind]
     rows = sum(map(len, payload.rows(head_dim).values()))
@@ -32,7 +32,7 @@ def abstract_pages(payload: Payload, head_dim: int, pages: int) -> Pages:
 
 
 def abstract(case: Case, sets: int):
-    """(q, pages, tables, lengths) of the timed program: `sets` tables of one pool, each of pages of its own."""
+    """Return (q, pages, tables, lengths) of the timed program as shapes: `sets` tables of one pool, each of pages of its own."""
     B, K, n = case.batch, case.kv_heads, -(-case.tokens // PAGE)
     shape = jax.ShapeDtypeStruct
     return (
@@ -44,14 +44,14 @@ def abstract(case: Case, sets: int):
 
 
 def arrays(case: Case, sets: int, seed: int = 0):
-    """The same at random: finite, and no two entries of the tables alike."""
+    """Return random arguments of the timed program: finite, and no two entries of the tables alike."""
     q, pages, tables, lengths = abstract(case, sets)
 
     def make(key):
         keys = jax.random.split(key, 5)
         scales = pages.scales
         if scales is not None:
-            # of codes of up to 448
+            # for codes of up to 448
             scales = jax.random.uniform(keys[3], scales.shape, jnp.float32, 0.5, 1.0) / 64
             scales = scales.astype(jnp.float16)
         order = jax.random.permutation(keys[4], tables.size).astype(jnp.int32)
@@ -72,7 +72,7 @@ def _random(key, array):
 
 
 def program(case: Case, splits: int | None = None, tile=None) -> Callable:
-    """(q, pages, tables, lengths) -> each table's result, of one length each."""
+    """Return a function (q, pages, tables, lengths) -> each table's result, of one length each."""
     one = jax.jit(lambda *args: decode(*args, scale=case.head_dim**-0.5, splits=splits, tile=tile))
     return lambda q, pages, tables, lengths: [one(q, pages, tables[i], lengths[i]) for i in range(tables.shape[0])]
 
@@ -81,7 +81,7 @@ def program(case: Case, splits: int | None = None, tile=None) -> Callable:
 
 
 def small(case: Case, seed: int = 0):
-    """(q, pages, table, length) of packed random keys and values, the pages shuffled."""
+    """Return (q, pages, table, length) of packed random keys and values, the pages shuffled."""
     q, k, v = case.arrays(seed)
     pages, table = pack_pages(k, v, Payload(case.payload, case.by))
     order = np.random.default_rng(seed).permutation(pages.k.shape[0])
@@ -91,14 +91,14 @@ def small(case: Case, seed: int = 0):
 
 
 def abstract_small(case: Case):
-    """The same as shapes."""
+    """Return the arguments of `small` as shapes."""
     q, pages, tables, lengths = abstract(case, 1)
     table, length = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (tables, lengths))
     return q, pages, table, length
 
 
 def dequantised(pages: Pages):
-    """float32 keys and values [pages,64,D], by the formulas of `pack_pages`'s docstring."""
+    """Return float32 keys and values [pages,64,D], by the formulas of `pack_pages`'s docstring."""
     p, D = pages.payload, pages.head_dim
     if p.codes:
         count, width = 16 // p.bits, min(64, D * p.bits // 16)
@@ -123,7 +123,7 @@ def dequantised(pages: Pages):
 
 
 def reference(case: Case) -> Callable:
-    """float32 attention over the dequantised pages, in numpy."""
+    """Return float32 attention over the dequantised pages, in numpy."""
 
     def attend(q, pages, table, length):
         q, table = np.asarray(q, np.float32), np.asarray(table)

@@ -1,4 +1,4 @@
-"""The goals of the kernels, and what a run says about each."""
+"""The goals of the kernels, and a run's verdict on each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GOALS = (
     ("forward", 256, 16_384, 0.95),
     ("backward", 128, 4_096, 0.85),
 )
-GRADIENT_256 = 1.3  # of tokamax alone
+GRADIENT_256 = 1.3  # only of tokamax
 SPARSE = 0.85  # of the dense kernel's rate, on the tiles that are computed
 DECODE = {"bf16": 0.88, "fp8": 0.80, "int4": 0.70, "int2": 0.50}  # of the copy bandwidth of the same run
 FASTER = {"int4": 2.7, "int2": 3.8}  # times our bf16, at LONG tokens
@@ -25,7 +25,7 @@ Timed = dict[str, Any]
 
 
 def summary(timed: list[Timed]) -> None:
-    """Prints goals and what came out."""
+    """Print the goals and the measured values."""
     print("\ngoal, ratio to the best peer in this run (above 1: ours is faster)")
     rows = [r for r in timed if r.get("case")]
     for lines in (_peers(rows), _sparse(rows), _decode(rows), _scores(rows)):
@@ -33,7 +33,7 @@ def summary(timed: list[Timed]) -> None:
 
 
 def judged(value: float, goal: float, met: bool | None = None) -> str:
-    """A figure beside its goal; `met`: None where more is better."""
+    """Return a figure beside its goal; `met`: None where more is better."""
     met = value >= goal if met is None else met
     return f"{value:.3f}, goal {goal:g} {'met' if met else 'NOT met'}"
 
@@ -45,25 +45,25 @@ def _is(row: Timed, **fields) -> bool:
 def _peers(rows: list[Timed]) -> list[str]:
     lines = []
     for kernel, head_dim, tokens, least in GOALS:
-        found = [
+        measured = [
             r for r in rows
             if _is(r, kernel=kernel, head_dim=head_dim, density=None) and r["case"]["tokens"] >= tokens and "ratio" in r
         ]  # fmt: skip
-        ratio = min((r["ratio"] for r in found), default=None)
-        told = "no row" if ratio is None else f"{ratio:.3f} {'met' if ratio >= least else 'NOT met'}"
-        lines.append(f"  {kernel:<9} D {head_dim:<4} from {tokens:,} tokens: {least:.2f}   {told}")
+        ratio = min((r["ratio"] for r in measured), default=None)
+        verdict = "no row" if ratio is None else f"{ratio:.3f} {'met' if ratio >= least else 'NOT met'}"
+        lines.append(f"  {kernel:<9} D {head_dim:<4} from {tokens:,} tokens: {least:.2f}   {verdict}")
     for r in rows:
         if _is(r, kernel="backward", head_dim=256):
             ratio = _beside(r, "tokamax")
-            told = f"no tokamax, goal {GRADIENT_256:g}" if ratio is None else judged(ratio, GRADIENT_256)
-            lines.append(f"  {r['name']}: of tokamax {told}")
+            verdict = f"no tokamax, goal {GRADIENT_256:g}" if ratio is None else judged(ratio, GRADIENT_256)
+            lines.append(f"  {r['name']}: of tokamax {verdict}")
     return lines
 
 
 def _beside(row: Timed, name: str) -> float | None:
-    """Our speed over that of the best peer whose name begins so."""
-    found = [1 / peer["ours_over_it"] for n, peer in row.get("peers", {}).items() if n.startswith(name)]
-    return min(found, default=None)
+    """Return our speed over that of the best peer whose name begins with `name`."""
+    ratios = [1 / peer["ours_over_it"] for n, peer in row.get("peers", {}).items() if n.startswith(name)]
+    return min(ratios, default=None)
 
 
 def _sparse(rows: list[Timed]) -> list[str]:
@@ -96,7 +96,7 @@ def _decode(rows: list[Timed]) -> list[str]:
 
 
 def _scores(rows: list[Timed]) -> list[str]:
-    """Against the dense forward pass of the queries that are scored; a probe, made once a text, against that of all."""
+    """Compare with the dense forward pass of the scored queries; a probe, made once a text, with that of all queries."""
     dense = [r for r in rows if _is(r, kernel="forward", head_dim=128, tokens=LONG, density=None, batch=1)]
     lines = []
     for r in rows:

@@ -5,7 +5,7 @@ lacks and attention needs is added here, by wrapping `JaxprInterpreter`: `pl.run
 registers, `copy_smem_to_gmem` with a predicate or a reduction, atomic stores.  It also checks the shared memory that a wgmma reads
 against the writes of TMA (upstream does not): a wgmma before its `barrier_wait`, or after the arrival that frees its operand, is a race.
 
-What it cannot see: a wgmma is finished when it is issued (`wgmma_wait` does nothing), so reuse of an operand before the wait is
+Blind spot: a wgmma is finished when it is issued (`wgmma_wait` does nothing), so reuse of an operand before the wait is
 invisible; blocks run one after another; registers, banks, alignment and the lowering itself (see lcx/bench/compiled.py).
 """
 
@@ -45,7 +45,7 @@ _REDUCE = {
 
 
 def _access(key_array, transforms):
-    """Key, and the range that `transforms` select of its buffer."""
+    """Return the key and the range that `transforms` select of its buffer."""
     key = gpu_callbacks.HostAllocationKey.from_array(key_array)
     transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
     return key, gpu_callbacks._get_shared_memory().access(key, transforms)
@@ -58,11 +58,11 @@ def _io_callback(interpreter, eqn, function, token, *args, result=_TOKEN, **stat
     )
 
 
-# wgmma: A in registers, and race checks on what it reads
+# wgmma: A in registers, and race checks on its reads
 
 
 def _wgmma_clock(shared, thread):
-    """The time of a wgmma's reads: it counts in the place of the thread's first warp, which warpgroup code leaves unused.
+    """Return the time of a wgmma's reads: it counts in the place of the thread's first warp, which warpgroup code leaves unused.
 
     In the thread's own place it would hide register reads that `commit_smem` has not ordered before.
     """
@@ -116,7 +116,7 @@ def _interpret_wgmma(self, eqn, token, get_invals):
 
 
 class _ReducingCopy(gpu_callbacks.AsyncCopySmemToGmemTask):
-    """A TMA store that combines with what lies there; upstream's task only overwrites."""
+    """TMA store that combines with the stored values; upstream's task only overwrites."""
 
     reduction = None
 
@@ -292,7 +292,7 @@ _ADDED = {
 
 
 def _interpret_with_additions(self, jaxpr, token, *args):
-    """Equations of `_ADDED` here, the runs of equations between them by upstream's interpreter."""
+    """Interpret equations of `_ADDED` here, and the runs of equations between them by upstream's interpreter."""
     if not any(eqn.primitive in _ADDED for eqn in jaxpr.eqns):
         return _interpret(self, jaxpr, token, *args)
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], args, strict=True))
@@ -324,7 +324,7 @@ def _interpret_with_additions(self, jaxpr, token, *args):
 
 @contextlib.contextmanager
 def filled_gaps():
-    """Within: the interpreter knows what this module adds.  Gives the list that each kernel's race detector is put on."""
+    """Extend the interpreter by this module's additions inside the block.  Yields the list that each kernel's race detector is put on."""
     detectors = []
 
     def detector(**kwargs):
@@ -350,7 +350,7 @@ def filled_gaps():
 
 
 def _abort_deadlock(seconds):
-    """Wakes the interpreter's threads with an error; they wait for barriers that nobody completes."""
+    """Wake the interpreter's threads with an error; they wait for barriers that nobody completes."""
     with contextlib.suppress(Exception):
         gpu_callbacks._get_shared_memory().set_failed(
             TimeoutError(f"the kernel did not end within {seconds:.0f} s: a deadlock?"), None, top_level=False
@@ -358,7 +358,7 @@ def _abort_deadlock(seconds):
 
 
 def interpreted(fn, *, seconds: float = SECONDS):
-    """`fn` with every Mosaic GPU kernel of it interpreted on the CPU: NaN in uninitialised memory, reads out of bounds raise.
+    """Interpret every Mosaic GPU kernel of `fn` on the CPU: NaN in uninitialised memory, reads out of bounds raise.
 
     Shared memory is uninitialised too, so a value that was never written shows as NaN in the result.  A kernel that does not end within
     `seconds` raises.  Compiled afresh every call: a program of another call is not reused.

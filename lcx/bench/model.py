@@ -9,7 +9,7 @@ but its attention: norms, products, gate.  Parts that depend on the chunk are me
 them.  RoPE, the embedding, and the head for the last token are left out.
 
 A decode step over 4,194,304 tokens, half of the KV heads full and in int4, half streaming (64 sinks, 256 recent) in bfloat16; scales of K
-by token (73.0 GB in all), as those by channel would take 75.2 GB:
+by token (73.0 GB in total), as those by channel would take 75.2 GB:
 
     milliseconds = layers * (full heads + streaming heads + layer) + head
 """
@@ -51,7 +51,7 @@ shape = jax.ShapeDtypeStruct
 
 
 def rows() -> list[Row]:
-    """Every part."""
+    """Return the rows of every part."""
     return [
         *(_prefill(part, i) for i in SAMPLED for part in PREFILL_PARTS),
         _row("model prefill: layer", (), layer, lambda: (shape((CHUNK, E), bf16), _weights())),
@@ -72,7 +72,7 @@ def _decode(name: str, case: Case, calls: int) -> Row:
 
 
 def filled(shapes: tuple) -> tuple:
-    """Arrays of these shapes, of floats or bools, at random."""
+    """Return random arrays of these shapes, of floats or bools."""
 
     def one(key, x):
         if x.dtype == bool:
@@ -92,7 +92,7 @@ def filled(shapes: tuple) -> tuple:
 
 
 def choose(scores, offset: int):
-    """bool like `scores` [b,K,G,Q,N] as heads [b,H,Q,N]: in each row the largest, DENSITY of the tiles that it may see.
+    """Return bool like `scores` [b,K,G,Q,N] as heads [b,H,Q,N]: in each row the largest, DENSITY of the tiles that it may see.
 
     The threshold is found bit by bit, in passes that count; a sort would cost many times as much.
     """
@@ -117,7 +117,7 @@ def _width(keys: int) -> int:
 
 
 def _prefill(part: str, i: int) -> Row:
-    """A part at a chunk, whose queries see `keys` keys."""
+    """Return the row of a part at a chunk, whose queries see `keys` keys."""
     offset, keys = i * CHUNK, (i + 1) * CHUNK
     tiles = (CHUNK // ROWS, keys // SIZE)
     scale, name = D**-0.5, f"model prefill: {part} chunk {i}"
@@ -134,7 +134,7 @@ def _prefill(part: str, i: int) -> Row:
         return attend(q, k, v, scale=scale, blocks=blocks, q_offset=offset, out_dtype=bf16)
 
     def make():
-        # of random scores, so that a row has as many tiles as a real one
+        # from random scores, so that a row has as many tiles as a real one
         return *filled((q, k, v)), jax.jit(lambda s: listed(choose(s, offset)))(*filled((scores,)))
 
     if part == "index":
@@ -152,7 +152,7 @@ def _weights() -> dict[str, Any]:
 
 
 def layer(x, weights):
-    """A layer but for its attention, in whose place the queries stand: all products, norms without gains, gate."""
+    """Compute a layer without its attention, in whose place the queries stand: all products, norms without gains, gate."""
 
     def norm(x):
         wide = x.astype(jnp.float32)
@@ -166,12 +166,12 @@ def layer(x, weights):
 
 
 def prefill_s(ms: dict[str, float]) -> float | None:
-    """Seconds by the formula of the module, from the parts' milliseconds by name; None where one is missing."""
+    """Return the seconds by the formula of the module, from the parts' milliseconds by name; None where one is missing."""
     chunks = np.arange(PREFILL // CHUNK)
     names = {part: [f"model prefill: {part} chunk {i}" for i in SAMPLED] for part in PREFILL_PARTS}
     if not {"model prefill: layer", *sum(names.values(), [])} <= set(ms):
         return None
-    lines = sum(np.interp(chunks, SAMPLED, [ms[n] for n in found]).sum() for found in names.values())
+    lines = sum(np.interp(chunks, SAMPLED, [ms[n] for n in labels]).sum() for labels in names.values())
     return float(LAYERS * (lines + len(chunks) * ms["model prefill: layer"]) / 1e3)
 
 
@@ -179,14 +179,14 @@ def prefill_s(ms: dict[str, float]) -> float | None:
 
 
 def kv_bytes() -> int:
-    """Of the decode row, in whole pages, all layers; weights apart."""
+    """Return the cache bytes of the decode row, in whole pages, all layers; weights are not included."""
     full = CONTEXT // PAGE * page_bytes(Payload(FULL.payload, FULL.by), D)
     streaming = -(-(SINK + RECENT) // PAGE) * page_bytes(Payload("bf16"), D)
     return LAYERS * (FULL_HEADS * full + (K - FULL_HEADS) * streaming)
 
 
 def step_ms(ms: dict[str, float]) -> float | None:
-    """Milliseconds of a token by the formula of the module; None where a part is missing."""
+    """Return the milliseconds of a token by the formula of the module; None where a part is missing."""
     parts = [f"model decode: {n}" for n in ("full heads int4", "streaming heads bf16", "layer", "head")]
     if not set(parts) <= set(ms):
         return None
@@ -194,14 +194,14 @@ def step_ms(ms: dict[str, float]) -> float | None:
 
 
 def counted() -> dict[str, Any]:
-    """What needs no clock."""
+    """Return the figures that need no clock."""
     return {"kv_bytes": kv_bytes(), "kv_goal": KV_BYTES, "met": kv_bytes() <= KV_BYTES}
 
 
 def composed(ms: dict[str, float]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, row) of what could be composed from the parts' milliseconds by name."""
+    """Return (name, row) for each row that can be composed from the parts' milliseconds by name."""
     parts = {name: time for name, time in ms.items() if name.startswith("model ")}
-    about = (
+    totals = (
         (f"model prefill {PREFILL:,} at {DENSITY:.0%}", "prefill", "seconds", prefill_s(ms), PREFILL_S),
         (f"model decode {CONTEXT:,} int4, half of the heads streaming", "decode", "ms_a_token", step_ms(ms), STEP_MS),
     )
@@ -211,6 +211,6 @@ def composed(ms: dict[str, float]) -> list[tuple[str, dict[str, Any]]]:
             {unit: value, "goal": goal, "met": value <= goal, "composed": "from measured parts, see lcx/bench/model.py"}
             | {"parts": {n: t for n, t in parts.items() if n.startswith(f"model {kind}")}},
         )
-        for name, kind, unit, value, goal in about
+        for name, kind, unit, value, goal in totals
         if value is not None
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which rows are timed, in the order of what a run that ends early must have first."""
+"""Order of the timed rows: those that a run which ends early must have come first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pallas_kernels.tables import ATTEND_GRAD
 
 
 def timed_cases() -> tuple[list[Case], list[Case]]:
-    """Those that a run which ends early must have, and the others."""
+    """Return the cases that a run which ends early must have, and the others."""
     dense = [Case("forward", n, d, batch=max(1, 65_536 // n)) for d in (128, 64, 256) for n in (16_384, 4_096, 65_536)]
     long = [Case("forward", 131_072, 128)]
     dims = [d for d in (128, 64, 256) if d in ATTEND_GRAD]
@@ -21,11 +21,11 @@ def timed_cases() -> tuple[list[Case], list[Case]]:
     scores += [Case("probe", 131_072), Case("minmax", 131_072)]
     first = [*dense, *sparse[:1], *decode[:1], *quantised[:3], *backward[:1], *long, *scores]
     others = [*decode[1:], *quantised[3:], Case("decode_slots", 131_072), *sparse[1:], *backward[1:]]
-    # twice, to see what the card did meanwhile
+    # these two run twice, to see the card's drift in between
     return first, [*others, dense[0], decode[0]]
 
 
 def timed_rows() -> list[Row]:
-    """All rows, in order."""
+    """Return all rows, in order."""
     first, others = ([row_of(case) for case in part] for part in timed_cases())
     return [*first, *model.rows(), *others]

@@ -1,4 +1,4 @@
-"""Other people's attention on the same card: each is optional, and says why where it is absent."""
+"""Other people's attention on the same card: each peer is optional, and names the reason where it is absent."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ FA3_DECODE = ((4, 64), (16, 64), (4, 256), (16, 256))  # splits of a row, tokens
 
 
 class Absent(Exception):
-    """A peer that cannot take part in a row; says why."""
+    """Reason why a peer cannot take part in a row."""
 
 
 def timers(case: Case, ours: tuple[Any, ...]) -> Iterator[tuple[str, Callable[[], Timed]]]:
-    """(name, what makes a timer) of every peer; making one raises Absent, or whatever the peer does.
+    """Yield (name, maker of a timer) for every peer; the maker raises Absent, or whatever the peer does.
 
     Args:
       case: a row.
       ours: arguments of our program, of which q, k and v are taken where they are that.
     """
-    # plain arrays through lcx have the peers of the row of pages beside them
+    # the peers of plain arrays through lcx are those of the row of pages
     if case.kernel in (*SCORES, "decode_slots"):
         return
     # a decode row has pages; its peers read plain arrays
@@ -60,7 +60,7 @@ def _plain(case: Case) -> None:
 
 
 def _tokens_first(args):
-    """q [B,T,H,D], k and v [B,S,K,D], as the field has them; made before the clock runs."""
+    """Return q [B,T,H,D], k and v [B,S,K,D], in the field's layout; made before the clock runs."""
     import jax.numpy as jnp
 
     q, k, v = args()
@@ -90,14 +90,14 @@ def _cudnn(case: Case, args) -> Timed:
 def _fa3(case: Case, args) -> Timed:
     _plain(case)
     if case.head_dim != 128:
-        raise Absent("its wheel serves head_dim 128 alone")
+        raise Absent("its wheel serves only head_dim 128")
     module = _need("flash_attn3_jax")
     run = lambda q, k, v: module.flash_mha(q, k, v, softmax_scale=case.head_dim**-0.5, is_causal=True)
     return jax_timer(_maybe_gradient(case, run), _tokens_first(args))
 
 
 def _pool(case: Case):
-    """q, keys, values [pages,64,K,D] and shuffled tables [sets,B,pages of 64] of FA3, as many sets as ours."""
+    """Return q, keys, values [pages,64,K,D] and shuffled tables [sets,B,pages of 64] of FA3, as many sets as ours."""
     import jax
     import jax.numpy as jnp
 
@@ -119,15 +119,15 @@ def _fa3_decode(case: Case, pool: Callable, splits: int, page: int) -> Timed:
 
     _plain(case)
     if case.head_dim != 128:
-        raise Absent("its wheel serves head_dim 128 alone")
+        raise Absent("its wheel serves only head_dim 128")
     attend = _need("flash_attn3_jax").flash_mha_with_kvcache
     q, k, v, tables = pool()
     length = jnp.full((case.batch,), case.tokens, jnp.int32)
-    about: dict[str, Any] = {"softmax_scale": case.head_dim**-0.5, "is_causal": True, "num_splits": splits}
+    settings: dict[str, Any] = {"softmax_scale": case.head_dim**-0.5, "is_causal": True, "num_splits": splits}
 
     def run(q, k, v, tables, length):
         k, v = (x.reshape(-1, page, *x.shape[2:]) for x in (k, v))
-        return [attend(q, k, v, cache_seqlens=length, page_table=table, **about) for table in tables]
+        return [attend(q, k, v, cache_seqlens=length, page_table=table, **settings) for table in tables]
 
     return repeated(jax_timer(run, (q, k, v, tables[page], length)), tables[page].shape[0])
 
@@ -176,7 +176,7 @@ def _torch(case: Case, backend: str) -> Timed:
 
 
 def _flex(case: Case) -> Timed:
-    """Compiled flex_attention; its BlockMask is the same causal mask, or the same tiles."""
+    """Return compiled flex_attention; its BlockMask is the same causal mask, or the same tiles."""
     torch, arrays = _torch_arrays(case)
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     offset, mask = case.tokens - case.T, case.mask

@@ -1,4 +1,4 @@
-"""What is checked and what is timed, whichever kernel it is: programs with their arguments, as shapes and as arrays."""
+"""Rows and checks of every kernel: programs with their arguments, as shapes and as arrays."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Row:
 
     Attributes:
       name: of the row.
-      kernels: whose checks must pass.
+      kernels: kernels whose checks must pass.
       program: a function of the arguments.
       abstract: makes the arguments as shapes.
       make: makes them as arrays.
-      calls: how many times the program does what its time is told for.
-      case: what it is; None for a part of a model.
+      calls: number of repetitions within the program; times are reported for one.
+      case: case of the benchmark; None for a part of a model.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """A program, its arguments as arrays and as shapes, and what computes the same plainly."""
+    """Program, its arguments as arrays and as shapes, and its plain reference."""
 
     name: str
     kernel: str
@@ -50,7 +50,7 @@ class Check:
 
 
 def row_of(case: Case) -> Row:
-    """The timed row of a case."""
+    """Return the timed row of a case."""
     if case.kernel == "decode":
         sets = decode.calls(case)
         return Row(
@@ -82,9 +82,9 @@ def row_of(case: Case) -> Row:
 
 
 def check_of(case: Case, on_gpu: bool) -> Check:
-    """The check of a case."""
+    """Return the check of a case."""
     if case.kernel == "decode":
-        # interpreted, each of as many pieces as fill a GPU would take its time
+        # in the interpreter, as many pieces as fill a GPU would take too long
         attend = decode.program(case, None if on_gpu else 2)
         one = lambda q, pages, table, length: attend(q, pages, table[None], length[None])[0]
         shapes = lambda: decode.abstract_small(case)
@@ -102,12 +102,12 @@ def _abstract(case: Case) -> tuple[Any, ...]:
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in case.shapes]
     if case.density is None:
         return (*shapes, None)
-    # as wide as a random row is at most, near enough: the width changes no instruction
+    # about the width of the widest random row: the width changes no instruction
     width = max(1, int(1.5 * case.density * case.tokens / SIZE))
     return (*shapes, abstract_list((1, case.heads, -(-case.T // ROWS), width)))
 
 
 def abstract_list(shape: tuple[int, ...]) -> BlockList:
-    """A list with an index of this shape, as shapes."""
+    """Return a list with an index of this shape, as shapes."""
     kinds = ((shape, jnp.int32), (shape[:3], jnp.int32), (shape, jnp.int8))
     return BlockList(*(cast(jax.Array, jax.ShapeDtypeStruct(*kind)) for kind in kinds))

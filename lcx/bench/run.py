@@ -32,7 +32,7 @@ DRIFT = 0.03  # a row whose clock moved by more is marked
 
 
 class Rows:
-    """Writes rows as they are done; remembers them for the summary."""
+    """Writer of rows as they are done; remembers them for the summary."""
 
     def __init__(self, path: Path, shared: dict[str, Any]):
         self.path, self.shared, self.rows = path, shared, []
@@ -43,9 +43,9 @@ class Rows:
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row | self.shared) + "\n")
-        shown = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in row.items() if n not in HIDDEN}
-        told = ", ".join(f"{n} {v}" for n, v in shown.items())
-        print(f"{row['at_s']:6.1f} s  {kind:<8} {name:<52} {told}", flush=True)
+        values = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in row.items() if n not in HIDDEN}
+        line = ", ".join(f"{n} {v}" for n, v in values.items())
+        print(f"{row['at_s']:6.1f} s  {kind:<8} {name:<52} {line}", flush=True)
 
     @property
     def seconds(self) -> float:
@@ -53,14 +53,14 @@ class Rows:
 
 
 def versions() -> dict[str, Any]:
-    """What a row needs to be judged later."""
+    """Return the versions and the commit that a row is judged by later."""
 
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "python": sys.version.split()[0],
-        # what a kernel spills depends on it
+        # the spills of a kernel depend on it
         "ptxas": metadata.version("nvidia-cuda-nvcc") if wheel_compiler() else "not of the wheels",
         "commit": git("rev-parse", "--short", "HEAD") or "no checkout",
         "dirty": bool(git("status", "--porcelain")),
@@ -68,29 +68,29 @@ def versions() -> dict[str, Any]:
 
 
 def check(rows: Rows, on_gpu: bool, only: str = "") -> set[str]:
-    """Kernels that are wrong, or whose check fails."""
+    """Check the kernels and return those that are wrong or whose check fails."""
     bad = set()
     for case in selected(cases.checks(on_gpu), only):
         start = time.perf_counter()
         # a kernel that does not compile or run does not cost the others
         try:
-            found = error_of(case, on_gpu)
+            difference = error_of(case, on_gpu)
         except Exception as error:
             bad.add(case.kernel)
             rows.add("failed", f"check {case.name}", why=one_line(error))
             continue
-        right = found <= CHECKED[case.kernel]
+        right = difference <= CHECKED[case.kernel]
         if not right:
             bad.add(case.kernel)
-        rows.add("check", case.name, error=found, right=right, seconds=round(time.perf_counter() - start, 1))
+        rows.add("check", case.name, error=difference, right=right, seconds=round(time.perf_counter() - start, 1))
     return bad
 
 
 def error_of(case: Case, on_gpu: bool) -> float:
-    """The error of a case's kernel against its reference."""
+    """Return the error of a case's kernel against its reference."""
     execute: Callable = jax.jit
     if not on_gpu:
-        # it reaches into JAX's interpreter, which a GPU does without
+        # the import reaches into JAX's interpreter, which a GPU does without
         from lcx.bench.interpret import interpreted as execute
     one = programs.check_of(case, on_gpu)
     args = one.make()
@@ -101,12 +101,12 @@ def error_of(case: Case, on_gpu: bool) -> float:
 
 
 def selected(rows, only: str) -> list:
-    """Those whose name contains `only`."""
+    """Return the rows whose name contains `only`."""
     return [row for row in rows if only in row.name]
 
 
 def add_composed(rows: Rows, timed: list[dict[str, Any]], only: str = "") -> None:
-    """Rows of whole models, from the parts that were timed."""
+    """Add the rows of whole models, from the timed parts."""
     if only in model.COUNTED:
         rows.add("counted", model.COUNTED, **model.counted())
     for name, row in model.composed({r["name"]: r["ms"] for r in timed}):
@@ -114,7 +114,7 @@ def add_composed(rows: Rows, timed: list[dict[str, Any]], only: str = "") -> Non
 
 
 def compile_rows(rows: Rows, only: str = "") -> None:
-    """Compile for the H200, from shapes alone, what a GPU would run: every check at its sizes there, and every timed row."""
+    """Compile for the H200, from shapes, the programs that a GPU would run: every check at its sizes there, and every timed row."""
     target = gpu_target("h200")
     # without the compiler nothing is tried
     compile_device(target)
@@ -122,7 +122,7 @@ def compile_rows(rows: Rows, only: str = "") -> None:
     makers |= {row.name: partial(lambda row: row, row) for row in selected(order.timed_rows(), only)}
     for name, make in makers.items():
         start = time.perf_counter()
-        # all that do not compile are named at once
+        # every row that does not compile is named at once
         try:
             one = make()
             plan = compile_for(target, jax.jit(one.program), one.abstract()).memory_analysis()
@@ -133,7 +133,7 @@ def compile_rows(rows: Rows, only: str = "") -> None:
 
 
 def time_rows(rows: Rows, bad: set[str], only: str = "", limit_s: float = 570.0) -> Iterator[dict[str, Any]]:
-    """Times of every row, ours and the peers' in turn; none begins after `limit_s` seconds."""
+    """Time every row, ours and the peers' in turn; none begins after `limit_s` seconds."""
     copy, flops = timing.copy_bandwidth(), timing.matmul_flops()
     rows.add("card", "copy and matmul", copy_bytes_per_s=copy, matmul_flops_per_s=flops, **timing.card())
     for row in selected(order.timed_rows(), only):
@@ -146,58 +146,58 @@ def time_rows(rows: Rows, bad: set[str], only: str = "", limit_s: float = 570.0)
             continue
         before = timing.card()
         try:
-            found = time_row(row, copy, flops)
+            figures = time_row(row, copy, flops)
         # one row that fails, such as for want of memory, does not cost the others
         except Exception as error:
             rows.add("failed", row.name, why=one_line(error))
             continue
         after = timing.card()
-        rows.add("timed", row.name, **found, drifted=drifted(before, after), **after)
+        rows.add("timed", row.name, **figures, drifted=drifted(before, after), **after)
         yield rows.rows[-1]
 
 
 def drifted(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
-    """Whether the clock moved by more than DRIFT; None where the card does not tell it."""
+    """Return True where the clock moved by more than DRIFT; None where the card does not report it."""
     try:
-        clocks = [float(told["sm_mhz"]) for told in (before, after)]
+        clocks = [float(state["sm_mhz"]) for state in (before, after)]
     except (KeyError, ValueError):
         return None
     return abs(clocks[0] - clocks[1]) > DRIFT * max(clocks)
 
 
 def one_line(error: Exception) -> str:
-    """Its type and the beginning of what it says."""
+    """Return the type of an error and the beginning of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def time_row(row, copy: float, flops: float) -> dict[str, Any]:
-    """What is told of one row; its arrays are gone afterwards."""
+    """Return the figures of one timed row; its arrays are freed afterwards."""
     args, case = row.make(), row.case
     timed, absent = {"ours": timing.repeated(timing.jax_timer(row.program, args), row.calls)}, {}
     for name, make in peers.timers(case, args) if case else ():
-        # whatever a peer raises is told in its place; ours is measured all the same
+        # the error of a peer stands in its place; ours is measured all the same
         try:
             timed[name] = make()
         except peers.Absent as error:
             absent[name] = f"absent: {error}"
         except Exception as error:
             absent[name] = f"absent: {one_line(error)}"
-    found, raised = timing.in_turn(timed)
+    times, raised = timing.in_turn(timed)
     absent |= {name: f"absent: {one_line(error)}" for name, error in raised.items()}
-    mine = found["ours"]
+    mine = times["ours"]
     ms = mine["ms"]
-    told: dict[str, Any] = {name: mine[name] for name in ("ms", "p10", "p90", "n")}
+    figures: dict[str, Any] = {name: mine[name] for name in ("ms", "p10", "p90", "n")}
     if case is None:
-        return told
-    told |= {"tflops": case.flops / ms / 1e9, "of_matmul": case.flops / ms * 1e3 / flops, "calls": row.calls}
+        return figures
+    figures |= {"tflops": case.flops / ms / 1e9, "of_matmul": case.flops / ms * 1e3 / flops, "calls": row.calls}
     if case.kernel.startswith("decode"):
-        told |= {"gb_per_s": case.bytes / ms / 1e6, "of_copy": case.bytes / ms * 1e3 / copy}
-    best = min((n for n in found if n != "ours"), key=lambda n: found[n]["ms"], default=None)
+        figures |= {"gb_per_s": case.bytes / ms / 1e6, "of_copy": case.bytes / ms * 1e3 / copy}
+    best = min((n for n in times if n != "ours"), key=lambda n: times[n]["ms"], default=None)
     if best is not None:
-        told |= {"best_peer": best, "best_peer_ms": found[best]["ms"], "ratio": 1 / found[best]["ours_over_it"]}
+        figures |= {"best_peer": best, "best_peer_ms": times[best]["ms"], "ratio": 1 / times[best]["ours_over_it"]}
     if (case.kernel, case.tokens) == ("forward", 4_096) or case == Case("decode", 131_072):
-        told["wall_ms"] = timing.wall_ms(row.program, args) / row.calls
-    return told | {"peers": found, "absent": absent, "case": vars(case)}
+        figures["wall_ms"] = timing.wall_ms(row.program, args) / row.calls
+    return figures | {"peers": times, "absent": absent, "case": vars(case)}
 
 
 def run(out: Path, *, dry_run: bool, only: str = "", limit_s: float = 570.0) -> None:
@@ -216,7 +216,7 @@ def run(out: Path, *, dry_run: bool, only: str = "", limit_s: float = 570.0) -> 
     if dry_run:
         os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
     if not out.parent.is_dir():
-        raise UserError(f"out={str(out)!r}: its folder is not there")
+        raise UserError(f"out={str(out)!r}: its folder does not exist")
     on_gpu = jax.default_backend() == "gpu"
     if not on_gpu and not dry_run:
         raise UserError("no GPU here; --dry_run compiles for the H200 and checks in interpret mode")

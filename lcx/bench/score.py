@@ -14,7 +14,7 @@ from pallas_kernels import score_blocks, score_probe
 
 
 def abstract(case: Case):
-    """(q, k), or (q, low, high) of page extremes."""
+    """Return (q, k), or (q, low, high) of page extremes, as shapes."""
     q, k, _ = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in case.shapes)
     if case.kernel != "minmax":
         return q, k
@@ -23,7 +23,7 @@ def abstract(case: Case):
 
 
 def arrays(case: Case, seed: int = 0):
-    """The same at random."""
+    """Return random arguments."""
     shapes = abstract(case)
     keys = jax.random.split(jax.random.key(seed), 3)
     made = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, shapes, strict=False)]
@@ -33,20 +33,20 @@ def arrays(case: Case, seed: int = 0):
 
 
 def program(case: Case, tile=None) -> Callable:
-    """The kernel; the queries are the last ones.  `tile`: of other sizes."""
+    """Return the kernel; the queries are the last ones.  `tile`: of other sizes."""
     return _call(case, score_blocks if case.kernel != "probe" else score_probe, tile=tile)
 
 
 def reference(case: Case) -> Callable:
-    """The plain code of lcx.ops.block_scores, in float32."""
+    """Return the plain code of lcx.ops.block_scores, in float32."""
     plain = _call(case, scores)
     return lambda *args: plain(*(x.astype(jnp.float32) for x in args))
 
 
 def _call(case: Case, module: ModuleType, **more) -> Callable:
-    about = {"scale": case.head_dim**-0.5, "q_offset": case.tokens - case.T} | more
+    settings = {"scale": case.head_dim**-0.5, "q_offset": case.tokens - case.T} | more
     if case.kernel == "antidiagonal":
-        return lambda q, k: (module.score_antidiagonal(q, k, stride=case.stride, **about),)
+        return lambda q, k: (module.score_antidiagonal(q, k, stride=case.stride, **settings),)
     if case.kernel == "probe":
-        return lambda q, k: module.score_probe(q, k, **about)
+        return lambda q, k: module.score_probe(q, k, **settings)
     return lambda q, low, high: (module.score_minmax(q, low, high, **more),)

@@ -1,4 +1,4 @@
-"""Times on a GPU: kernel time by CUPTI, rounds of ours and peers in turn, and what the card was doing meanwhile."""
+"""Times on a GPU: kernel time by CUPTI, rounds of ours and peers in turn, and the state of the card meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Timed = Callable[[int], list[float]]  # iterations -> milliseconds of each
 
 
 def jax_timer(fn: Callable, args) -> Timed:
-    """Kernel time of a jitted function, by CUPTI; warmed up."""
+    """Return a timer of a jitted function's kernels, by CUPTI; warmed up."""
     import jax
     from jax.experimental.mosaic.gpu import profiler
 
@@ -26,19 +26,19 @@ def jax_timer(fn: Callable, args) -> Timed:
         jax.block_until_ready(program(*args))
 
     def times(iterations: int) -> list[float]:
-        _, found = profiler.measure(program, iterations=iterations)(*args)
-        return [float(x) for x in np.ravel(np.asarray(found, np.float64))]
+        _, measured = profiler.measure(program, iterations=iterations)(*args)
+        return [float(x) for x in np.ravel(np.asarray(measured, np.float64))]
 
     return times
 
 
 def repeated(timer: Timed, calls: int) -> Timed:
-    """The time of one of the `calls` that a program makes."""
+    """Return a timer of one of the `calls` that a program makes."""
     return lambda iterations: [t / calls for t in timer(iterations)]
 
 
 def torch_timer(fn: Callable) -> Timed:
-    """Time of a torch function between CUDA events, the L2 cache flushed between calls, as triton.testing does it."""
+    """Return a timer of a torch function between CUDA events, the L2 cache flushed between calls, as triton.testing does it."""
     torch, do_bench = importlib.import_module("torch"), importlib.import_module("triton.testing").do_bench
     for _ in range(WARMUPS):
         fn()
@@ -49,7 +49,7 @@ def torch_timer(fn: Callable) -> Timed:
 
 
 def wall_ms(fn: Callable, args, calls: int = 20) -> float:
-    """Milliseconds a call of `calls` back to back: a check on CUPTI, launches included."""
+    """Return the milliseconds of one of `calls` calls back to back: a check on CUPTI, launches included."""
     import jax
 
     program = jax.jit(fn)
@@ -61,7 +61,7 @@ def wall_ms(fn: Callable, args, calls: int = 20) -> float:
 
 
 def in_turn(timers: Mapping[str, Timed]) -> tuple[dict[str, dict[str, float]], dict[str, Exception]]:
-    """Times of all in turn; "ours" is among the names.
+    """Time all timers in turn; "ours" is among the names.
 
     Returns:
       name -> median, p10, p90 of milliseconds, and the median over rounds of ours / it; and what peers raised, which have no times.
@@ -81,17 +81,17 @@ def in_turn(timers: Mapping[str, Timed]) -> tuple[dict[str, dict[str, float]], d
                 del rounds[name]
         if time.perf_counter() - start > MOST_S:
             break
-    found = {}
+    medians = {}
     for name, times in rounds.items():
         flat = np.concatenate([np.asarray(t) for t in times])
         ratio = np.median([np.median(a) / np.median(b) for a, b in zip(rounds["ours"], times, strict=True)])
         quantiles = {f"p{q}": float(np.percentile(flat, q)) for q in (10, 90)}
-        found[name] = {"ms": float(np.median(flat)), "ours_over_it": float(ratio), "n": len(flat), **quantiles}
-    return found, raised
+        medians[name] = {"ms": float(np.median(flat)), "ours_over_it": float(ratio), "n": len(flat), **quantiles}
+    return medians, raised
 
 
 def card() -> dict[str, Any]:
-    """Clock, power and throttle reasons now; an empty dict where nvidia-smi is not there."""
+    """Return clock, power and throttle reasons now; an empty dict where nvidia-smi is not installed."""
     fields = "name,clocks.sm,power.draw,clocks_event_reasons.active,temperature.gpu"
     try:
         line = subprocess.run(  # noqa: S603
@@ -108,7 +108,7 @@ def card() -> dict[str, Any]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 4 GiB on the device."""
+    """Return the bytes a second, read and written, of a copy of 4 GiB on the device."""
     import jax
     import jax.numpy as jnp
 
@@ -118,7 +118,7 @@ def copy_bandwidth() -> float:
 
 
 def matmul_flops() -> float:
-    """Operations a second of an 8,192^3 bfloat16 product of random values."""
+    """Return the operations a second of an 8,192^3 bfloat16 product of random values."""
     import jax
     import jax.numpy as jnp
 

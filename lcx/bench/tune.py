@@ -38,7 +38,7 @@ ROWS = {8: (32, 1), 16: (32, 4), 32: (64, 4)}
 
 
 def table(kernel: str, payload: str = "bf16", rows: int = 8) -> tuple[str, dict[int, Any]]:
-    """Name of a kernel's table, and its entries by head_dim; None where decode has none."""
+    """Return the name of a kernel's table, and its entries by head_dim; None where decode has none."""
     name = kernel.upper()
     entries = getattr(tables, name)
     if kernel != "decode":
@@ -47,7 +47,7 @@ def table(kernel: str, payload: str = "bf16", rows: int = 8) -> tuple[str, dict[
 
 
 def candidates(kernel: str, now: Any) -> Iterator[Any]:
-    """The present entry first, then every other combination of CHOICES."""
+    """Yield the present entry first, then every other combination of CHOICES."""
     if now is not None:
         yield now
     names, values = zip(*CHOICES[kernel].items(), strict=True)
@@ -59,7 +59,7 @@ def candidates(kernel: str, now: Any) -> Iterator[Any]:
 
 
 def case_of(kernel: str, head_dim: int, payload: str = "bf16", rows: int = 8):
-    """The row of the benchmark that a kernel is timed on."""
+    """Return the row of the benchmark that a kernel is timed on."""
     if kernel == "decode":
         heads, queries = ROWS[rows]
         return Case("decode", 131_072, head_dim, heads=heads, queries=queries, payload=payload)
@@ -71,7 +71,7 @@ def case_of(kernel: str, head_dim: int, payload: str = "bf16", rows: int = 8):
 
 
 def program(case, tile: Any) -> Callable:
-    """The case's program, of the arguments of its row, with other sizes."""
+    """Return the case's program, of the arguments of its row, with other sizes."""
     if case.kernel == "decode":
         return decode.program(case, tile=tile)
     if case.kernel in cases.SCORES:
@@ -80,7 +80,7 @@ def program(case, tile: Any) -> Callable:
 
 
 def with_entry(source: str, name: str, key: Any, tile: Any, part: int | None = None) -> str:
-    """The text of tables.py with another entry.
+    """Return the text of tables.py with another entry.
 
     Args:
       source: the text.
@@ -91,29 +91,31 @@ def with_entry(source: str, name: str, key: Any, tile: Any, part: int | None = N
     Raises:
       UserError: there is no such entry.
     """
-    found = [
+    entries = [
         value
         for node in ast.parse(source).body
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and ast.unparse(node.targets[0]) == name
         for at, value in zip(node.value.keys, node.value.values, strict=True)
         if at is not None and ast.literal_eval(at) == key
     ]
-    if len(found) != 1:
-        raise UserError(f"tables.py: {name} has {len(found)} entries for {key}; one is needed")
-    node = found[0]
+    if len(entries) != 1:
+        raise UserError(f"tables.py: {name} has {len(entries)} entries for {key}; one is needed")
+    node = entries[0]
     if part is not None and isinstance(node, ast.Tuple):
         node = node.elts[part]
-    # what is as by default is left out
-    told = ", ".join(f"{f.name}={getattr(tile, f.name)!r}" for f in fields(tile) if getattr(tile, f.name) != f.default)
+    # fields with their default are left out
+    settings = ", ".join(
+        f"{f.name}={getattr(tile, f.name)!r}" for f in fields(tile) if getattr(tile, f.name) != f.default
+    )
     lines = source.splitlines(keepends=True)
     first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
-    line = lines[first][: node.col_offset] + f"{type(tile).__name__}({told})" + lines[last][node.end_col_offset :]
+    line = lines[first][: node.col_offset] + f"{type(tile).__name__}({settings})" + lines[last][node.end_col_offset :]
     return "".join([*lines[:first], line, *lines[last + 1 :]])
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing on stderr: the compiler's dumps look for a disassembler that nobody needs, and log its absence for each kernel."""
+    """Silence stderr: the compiler's dumps look for a disassembler that nobody needs, and log its absence for each kernel."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nothing:
@@ -132,13 +134,13 @@ def tune(kernel: str, head_dim: int, *, payload: str = "bf16", rows: int = 8, wr
       kernel: a name of CHOICES.
       head_dim: which entry of its table.
       payload, rows: of decode's, rows one of ROWS.
-      write: change pallas_kernels/tables.py; else the fastest is printed alone.
+      write: change pallas_kernels/tables.py; else the fastest is only printed.
       dry_run: no GPU: compile for the H200, measure nothing.
 
     Raises:
       UserError: no such entry, no GPU and no dry run, or a dry run that should write.
     """
-    # on a GPU too: what a kernel spills depends on the compiler
+    # on a GPU too: the spills of a kernel depend on the compiler
     wheel_compiler()
     name, entries = table(kernel, payload, rows)
     if head_dim not in entries:
@@ -146,7 +148,7 @@ def tune(kernel: str, head_dim: int, *, payload: str = "bf16", rows: int = 8, wr
     if not dry_run and jax.default_backend() != "gpu":
         raise UserError("no GPU here; --dry_run compiles every candidate for the H200")
     if dry_run and write:
-        raise UserError("write: a dry run measures nothing that could be written")
+        raise UserError("write: a dry run measures nothing that could be written; leave --write or --dry_run out")
     if dry_run:
         # without the compiler nothing is tried
         compile_device(gpu_target("h200"))
@@ -157,20 +159,20 @@ def tune(kernel: str, head_dim: int, *, payload: str = "bf16", rows: int = 8, wr
     best: tuple[float, Any] | None = None
     for tile in candidates(kernel, entries[head_dim]):
         run = program(case, tile)
-        told = ", ".join(f"{n}={v}" for n, v in vars(tile).items())
+        sizes = ", ".join(f"{n}={v}" for n, v in vars(tile).items())
         # a candidate may ask for more shared memory than there is, or for a tile that wgmma does not take
         try:
             if dry_run:
                 with quiet():
                     report = compile_kernel(run, *args)
                 fits = report.spill_stores == 0 and report.shared <= SHARED_LIMIT
-                print(f"{'fits' if fits else 'no  '}  {told}   {report}", flush=True)
+                print(f"{'fits' if fits else 'no  '}  {sizes}   {report}", flush=True)
                 continue
             milliseconds = sorted(jax_timer(run, args)(ITERATIONS))[ITERATIONS // 2] / row.calls
         except (ValueError, NotImplementedError, AssertionError, jax.errors.JaxRuntimeError) as error:
-            print(f"no    {told}   {type(error).__name__}: {' '.join(str(error).split())[:120]}", flush=True)
+            print(f"no    {sizes}   {type(error).__name__}: {' '.join(str(error).split())[:120]}", flush=True)
             continue
-        print(f"{milliseconds:8.3f} ms  {told}", flush=True)
+        print(f"{milliseconds:8.3f} ms  {sizes}", flush=True)
         if best is None or milliseconds < best[0]:
             best = (milliseconds, tile)
     if best is not None:

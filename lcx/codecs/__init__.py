@@ -1,1 +1,1 @@
-"""How is a slot written?  One file per method."""
+"""Codecs: the format of a slot.  One file per method."""

@@ -62,7 +62,7 @@ class Int(Codec):
         return leaves
 
     def _encode(self, x):
-        """x [B,R,N,D] -> codes [B,R,N,D * bits / 8], scale and minimum [B,R,N,groups]."""
+        """Encode x [B,R,N,D] as codes [B,R,N,D * bits / 8] with scale and minimum [B,R,N,groups]."""
         x = x.astype(jnp.float32)
         if self.bits == 8:
             # float16 has no scale below 6e-8: such tokens become 0, and none becomes infinite

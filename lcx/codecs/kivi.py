@@ -72,7 +72,7 @@ class Kivi(Codec):
     def encode(self, ctx, tokens, pick):
         g, v = self.group_size, tokens.v
         k = rearrange(tokens.k.astype(jnp.float32), "B R (p g) D -> B R D p g", g=g)
-        # a place without a token must not widen its group's range
+        # a place without a token must not widen the range of its group
         valid = rearrange(tokens.pos != EMPTY, "B R (p g) -> B R 1 p g", g=g)
         some = jnp.any(valid, -1)
         low = jnp.where(some, jnp.min(jnp.where(valid, k, jnp.inf), -1), 0.0)
@@ -101,7 +101,7 @@ class Kivi(Codec):
 def chain(
     bits: int = 2, group_size: int = 32, residual: int = 128, heads: str = "all", compress: Compress | None = None
 ) -> tuple[Segment, Segment]:
-    """KIVI's two segments: an exact tail of the newest tokens, and the pages that leave it.
+    """Return KIVI's two segments: an exact tail of the newest tokens, and the pages that leave it.
 
     Differs: keys and values leave together, `residual` tokens at a time, once 2 * residual are there, so the tail holds residual ...
     2 * residual - 1 tokens.  It always contains what the paper keeps exact (keys: the T % residual newest; values: the residual newest).

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 
 
 def codes_per_byte(bits: int) -> int:
-    """What the packed axis must be a multiple of: 3 bits are a plane of two and a plane of one, 3 bytes for 8 codes."""
+    """Return the number of codes that the packed axis is a multiple of: 3 bits are a plane of two and a plane of one, 3 bytes for 8 codes."""
     return 8 if bits == 3 else 8 // bits
 
 
 def pack(codes, bits: int, axis: int):
-    """uint8 codes below 2**bits -> uint8; the axis shrinks to bits / 8 of it and must be a multiple of `codes_per_byte`."""
+    """Pack uint8 codes below 2**bits into uint8; the axis shrinks to bits / 8 of it and must be a multiple of `codes_per_byte`."""
     if bits == 3:
         return jnp.concatenate([pack(codes & 3, 2, axis), pack(codes >> 2, 1, axis)], axis)
     parts = jnp.split(codes.astype(jnp.uint8), 8 // bits, axis)
@@ -22,7 +22,7 @@ def pack(codes, bits: int, axis: int):
 
 
 def unpack(packed, bits: int, axis: int):
-    """The inverse of `pack`; uint8."""
+    """Unpack what `pack` returned; uint8."""
     if bits == 8:
         return packed
     if bits == 3:
@@ -33,7 +33,7 @@ def unpack(packed, bits: int, axis: int):
 
 
 def ranges(low, high, bits: int):
-    """Scale and minimum of an asymmetric quantiser as they are stored, float16, from the extremes of each group.
+    """Return scale and minimum of an asymmetric quantiser as they are stored, float16, from the extremes of each group.
 
     The minimum is clipped to float16's range; the scale is taken from the stored minimum, so that the error of rounding the minimum
     stays at that and is not added to every code.
@@ -45,7 +45,7 @@ def ranges(low, high, bits: int):
 
 
 def quantise(x, scale, minimum, bits: int):
-    """Codes of x under a stored scale and minimum; a group of equal values has scale 0 and code 0."""
+    """Return the codes of x under a stored scale and minimum; a group of equal values has scale 0 and code 0."""
     step = scale.astype(jnp.float32)
     codes = (x - minimum.astype(jnp.float32)) / jnp.where(step > 0, step, 1.0)
     return jnp.clip(jnp.round(codes), 0, 2**bits - 1).astype(jnp.uint8)

@@ -20,18 +20,18 @@ KINDS = ("fp8", "int8", "int4", "int2")
 
 @dataclass(frozen=True)
 class Paged(Codec):
-    """Keys and values of 64 neighbouring tokens in one page, which a decode step on Hopper reads as it lies.
+    """Keys and values of 64 neighbouring tokens in one page, in the layout that a decode step on Hopper reads.
 
     No paper's own: the quantiser is KIVI's, Liu et al. 2024, arXiv:2402.02750, section 3.2 (asymmetric, keys after RoPE per channel,
     values per token), with a page for the group of keys and a whole head for that of values; `by="token"` is `Int`'s.  float16 scales
-    and zero points (fp8: scales alone).  At D = 128, bits a value: int4 4.375 by channel, 4.25 by token.
+    and zero points (fp8: only scales).  At D = 128, bits a value: int4 4.375 by channel, 4.25 by token.
 
     On Hopper a step of at most 128 query rows a KV head goes through `pallas_kernels.decode`, which rounds queries and probabilities to
     float16; everything else is decoded by XLA.  Its segment follows one that holds the newest tokens exactly: see `chain`.
 
     Args:
       kind: "fp8" (e4m3), "int8", "int4" or "int2".
-      by: what a scale of keys is for, one "channel" of the page or one "token".
+      by: unit that shares a scale of keys, one "channel" of the page or one "token".
     """
 
     kind: str = "int4"
@@ -48,7 +48,7 @@ class Paged(Codec):
 
     @property
     def payload(self) -> Payload:
-        """How a page is written."""
+        """Payload of a page."""
         return Payload(self.kind, self.by)
 
     def check(self, size):
@@ -87,7 +87,7 @@ class Paged(Codec):
 def chain(
     kind: str = "int4", by: str = "channel", residual: int = 64, heads: str = "all", compress: Compress | None = None
 ) -> tuple[Segment, Segment]:
-    """An exact tail of the newest `residual` ... `residual + 63` tokens, and the pages that leave it.
+    """Return an exact tail of the newest `residual` ... `residual + 63` tokens, and the pages that leave it.
 
     Args:
       kind, by: as in `Paged`.

@@ -1,1 +1,1 @@
-"""What a run costs and what it is worth: memory, latency, quality."""
+"""Cost and quality of a run: memory, latency, likelihood, tasks."""

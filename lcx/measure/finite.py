@@ -1,4 +1,4 @@
-"""Where the first value of a run that is not finite stands: the run again, with every layer's output looked at."""
+"""Search for the first value of a run that is not finite: the run is repeated with every layer's output checked."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def first_not_finite(session: Session, run: Callable[[], object]) -> str:
 
     Args:
       session: forgets its texts.
-      run: what gave the value: prefill, then steps, of this session.
+      run: the run that gave the value: prefill, then steps, of this session.
     """
-    found: list[str] = []
+    places: list[str] = []
     steps = {"prefill": 0, "decode": 0}
 
     def watch(phase: str, layer: int, x: jax.Array) -> None:
         if layer == 0:
             steps[phase] = steps.get(phase, 0) + 1
-        if not found and not bool(jnp.isfinite(x).all()):
+        if not places and not bool(jnp.isfinite(x).all()):
             last = session.config.num_layers - 1
-            found.append(f"layer {layer} (of 0 to {last}), {phase} step {steps[phase]}: output not finite")
+            places.append(f"layer {layer} (of 0 to {last}), {phase} step {steps[phase]}: output not finite")
 
     session.reset()
     session.watch = watch
@@ -38,4 +38,4 @@ def first_not_finite(session: Session, run: Callable[[], object]) -> str:
         run()
     finally:
         session.watch = None
-    return found[0] if found else "logits: not finite, though every layer's output is"
+    return places[0] if places else "logits: not finite, though every layer's output is"

@@ -25,7 +25,7 @@ def reset_peak_rss() -> bool:
 
 
 def peak_rss_bytes() -> int | None:
-    """Peak of resident memory (VmHWM) since the last reset; None where the system does not tell."""
+    """Return the peak of resident memory (VmHWM) since the last reset; None where the system does not report it."""
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -34,20 +34,20 @@ def peak_rss_bytes() -> int | None:
 
 
 def machine_bytes() -> int | None:
-    """Memory of this machine, or of the control group that the process is in where that is less; None where neither is told."""
-    found = []
+    """Return the memory of this machine, or of the process's control group where that is less; None where the system reports neither."""
+    limits = []
     with contextlib.suppress(OSError, ValueError):
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with contextlib.suppress(OSError, ValueError):
         # the file says "max" where there is no limit
-        found.append(int(_CGROUP.read_text()))
-    return min(found, default=None)
+        limits.append(int(_CGROUP.read_text()))
+    return min(limits, default=None)
 
 
 def bits_per_value(
     recipe: Recipe, model: ModelConfig, prompt: int, new_tokens: int, *, aux: Aux | None = None, dtype
 ) -> float:
-    """Bits of the decode cache for each key and value channel that its slots can hold; scales, positions and state all counted."""
+    """Return the bits of the decode cache per key and value channel that its slots can hold, including scales, positions and state."""
     values = 0
     for layer in range(model.num_layers):
         sizes = recipe.capacities("decode", layer, Shape(model, prompt, new_tokens))

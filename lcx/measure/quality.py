@@ -1,4 +1,4 @@
-"""What a method costs in prediction: negative log likelihood of real text, and the distance to dense attention."""
+"""Quality of a method's predictions: negative log likelihood of real text, and the distance to dense attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lcx.models.decoder import Layers
 from lcx.recipe import Recipe
 from lcx.session import Session
 
-ROWS = 256  # logits of so many tokens at a time: 50 MB for a vocabulary of 49,152
+ROWS = 256  # tokens whose logits exist at a time: 50 MB for a vocabulary of 49,152
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Score:
     Attributes:
       nll: float32 [M].
       ids: int32, all tokens that were read.
-      cache_bytes: of the arrays when the last token had been read.
+      cache_bytes: bytes of the arrays when the last token had been read.
       seconds: prefill and continuation, compiling included where it was not done ahead.
     """
 
@@ -43,7 +43,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean; infinite where that is above 709 nats."""
+        """Return exp of the mean; infinite where that is above 709 nats."""
         with np.errstate(over="ignore"):
             return float(np.exp(self.mean))
 
@@ -55,7 +55,7 @@ def _nll(logits, targets):
 
 @jax.jit
 def _divergence(reference, logits):
-    """KL(reference || other) in nats and whether the most likely token is the same, each [N]."""
+    """Return KL(reference || other) in nats and whether the most likely token is the same, each [N]."""
     p, q = jax.nn.log_softmax(reference, -1), jax.nn.log_softmax(logits, -1)
     return jnp.sum(jnp.exp(p) * (p - q), -1), jnp.argmax(p, -1) == jnp.argmax(q, -1)
 
@@ -66,13 +66,13 @@ def _by_rows(call: Callable, num_rows: int) -> np.ndarray:
 
 
 def token_nll(layers: Layers, x: jax.Array, targets) -> np.ndarray:
-    """-log p of each target, float32 [N], from the residual stream x [N,E] of the tokens before."""
+    """Return -log p of each target, float32 [N], from the residual stream x [N,E] of the tokens before."""
     targets = jnp.asarray(targets, jnp.int32)
     return _by_rows(lambda rows: _nll(layers.logits(x[rows]), targets[rows]), x.shape[0])
 
 
 def divergence(layers: Layers, reference: jax.Array, x: jax.Array) -> tuple[float, float]:
-    """(mean KL(dense || method) in nats, share of tokens whose most likely next token is dense's) from residual streams [N,E]."""
+    """Return (mean KL(dense || method) in nats, share of tokens whose most likely next token is dense's) from residual streams [N,E]."""
 
     def both(rows):
         kl, same = _divergence(layers.logits(reference[rows]), layers.logits(x[rows]))
@@ -83,7 +83,7 @@ def divergence(layers: Layers, reference: jax.Array, x: jax.Array) -> tuple[floa
 
 
 def make_session(layers: Layers, experiment: Experiment, prompt: int, new_tokens: int = 0, batch: int = 1) -> Session:
-    """A session for an experiment's recipe, arrays and schedule."""
+    """Return a session for an experiment's recipe, arrays and schedule."""
     aux = experiment.load_aux(layers.config)
     return Session(
         layers,
@@ -115,7 +115,7 @@ def _finite(session: Session, nll: np.ndarray, again: Callable[[], object]) -> N
 
 
 def score_text(layers: Layers, experiment: Experiment, ids) -> Score:
-    """Next-token NLL at every position of one pass over `ids` [N]: nll [N-1].
+    """Return the next-token NLL at every position of one pass over `ids` [N]: nll [N-1].
 
     Raises:
       UserError: ids that do not fit, before anything runs; NotFinite: a likelihood that is not finite, with layer and step.
@@ -138,7 +138,7 @@ def continue_session(session: Session, ids, prompt: int) -> jax.Array:
 
 
 def score_continuation(layers: Layers, experiment: Experiment, ids, prompt: int) -> Score:
-    """NLL of a continuation after a prompt that was read under the recipe.
+    """Return the NLL of a continuation after a prompt that was read under the recipe.
 
     Reads ids[:prompt] under the recipe (its prefill attention, then its eviction), then ids[prompt:-1] in one step at their true
     positions, where each token sees everything kept and the continuation before it.

@@ -19,10 +19,10 @@ from lcx.tasks import Sample, Window, longppl, longppl_keys, longppl_windows, sc
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A sample's output under a method.
+    """Output of a sample under a method.
 
     Attributes:
-      sample: what was asked.
+      sample: the prompt and its references.
       output: text of the generated tokens, at most `sample.answer_tokens`.
       score: 0 to 100.
       ids: the generated tokens, a stop token included.
@@ -35,7 +35,7 @@ class TaskResult:
 
 
 def encoder(model: Pretrained) -> Callable[[str], list[int]]:
-    """Text -> the ids that `run_samples` feeds the model, its bos token included where it was trained with one.  For `tasks.generate`."""
+    """Return a function from text to the ids that `run_samples` feeds, with bos where the model expects one.  For `tasks.generate`."""
     return model.tokenizer.text_ids
 
 
@@ -49,7 +49,7 @@ def run_samples(
     stop_at_newline: bool = False,
     allow_extrapolation: bool = False,
 ) -> list[TaskResult]:
-    """Greedy answers of a model under a method, in the order of the samples.
+    """Return the greedy answers of a model under a method, in the order of the samples.
 
     Samples of one budget share the shape of their session, and so its programs: prompts are padded on the right.  Each gets at most its
     `answer_tokens`.
@@ -78,24 +78,24 @@ def run_samples(
         caps = [samples[i].answer_tokens for i in members]
         prompt, new_tokens = budget - min(caps), max(caps)
         for start in range(0, len(members), batch):
-            here = members[start : start + batch]
-            prompts = [_ids(encode, samples[i]) for i in here]
-            prompts += prompts[:1] * (batch - len(here))
-            answers = [_Answer(model, samples[i].answer_tokens, stop_at_newline) for i in here]
+            rows = members[start : start + batch]
+            prompts = [_ids(encode, samples[i]) for i in rows]
+            prompts += prompts[:1] * (batch - len(rows))
+            answers = [_Answer(model, samples[i].answer_tokens, stop_at_newline) for i in rows]
             session = make_session(model.layers, experiment, prompt, new_tokens, batch)
             _answer(model, session, prompts, answers)
-            for i, answer in zip(here, answers, strict=True):
+            for i, answer in zip(rows, answers, strict=True):
                 text = answer.text()
                 results[i] = TaskResult(samples[i], text, score(samples[i], text), tuple(answer.ids))
     return [results[i] for i in range(len(samples))]
 
 
 def mean_scores(results: Iterable[TaskResult]) -> dict[tuple[str, int], float]:
-    """(task, budget) -> mean score, 0 to 100."""
-    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    """Return (task, budget) -> mean score, 0 to 100."""
+    by_task: dict[tuple[str, int], list[float]] = defaultdict(list)
     for result in results:
-        found[result.sample.task, result.sample.budget].append(result.score)
-    return {key: float(np.mean(scores)) for key, scores in found.items()}
+        by_task[result.sample.task, result.sample.budget].append(result.score)
+    return {key: float(np.mean(scores)) for key, scores in by_task.items()}
 
 
 def _ids(encode: Callable[[str], list[int]], sample: Sample) -> list[int]:
@@ -139,13 +139,13 @@ def _answer(model: Pretrained, session: Session, prompts: list[list[int]], answe
             answer.add(int(token))
         if all(answer.ended for answer in answers):
             return
-        # rows that have ended go on and are not looked at
+        # rows that have ended go on and are ignored
         logits = session.step(best[:, None])
 
 
 @dataclass(frozen=True)
 class WindowScore:
-    """NLL by windows.
+    """Negative log likelihood by windows.
 
     Attributes:
       nll: float32 [N] in nats, at the token's own index; nan where the window has no token before it to predict from.
@@ -157,7 +157,7 @@ class WindowScore:
 
 
 def window_nll(model: Pretrained, experiment: Experiment, ids, windows: Sequence[Window]) -> np.ndarray:
-    """-log p of each token that counts, under its window alone: float32 [N], nan elsewhere.
+    """Return -log p of each token that counts, under its own window: float32 [N], nan elsewhere.
 
     Each window is one prefill under the experiment's schedule: methods that forget do so between chunks, not inside a step.  All windows
     have one shape, the last is padded.  Where the model was trained with a bos token and `ids` starts with it, it takes the place of each
@@ -184,7 +184,7 @@ def window_nll(model: Pretrained, experiment: Experiment, ids, windows: Sequence
 
 
 def sliding_perplexity(model: Pretrained, experiment: Experiment, ids, max_len: int, stride: int) -> WindowScore:
-    """Perplexity of one document by sliding windows, weighted by token.  Fact sheet, section 5.
+    """Return the perplexity of one document by sliding windows, weighted by token.  Fact sheet, section 5.
 
     Token 0 has no prediction and is left out; so is the first of each window where stride = max_len.
 
@@ -206,14 +206,14 @@ def sliding_perplexity(model: Pretrained, experiment: Experiment, ids, max_len: 
 
 
 def long_nll(model: Pretrained, experiment: Experiment, ids) -> np.ndarray:
-    """-log p of each token after all before it: float32 [N], nan at token 0."""
+    """Return -log p of each token after all before it: float32 [N], nan at token 0."""
     return np.concatenate([np.full(1, np.nan, np.float32), score_text(model.layers, experiment, ids).nll])
 
 
 def long_keys(
     model: Pretrained, ids, *, short: int = 4_096, step: int = 1_024, alpha: float = 2.0, beta: float = 2.0
 ) -> np.ndarray:
-    """LongPPL's key tokens of a text, with this model under dense attention as the evaluator: bool [N].
+    """Return LongPPL's key tokens of a text, with this model under dense attention as the evaluator: bool [N].
 
     Args:
       ids: int [N]; the first `short` tokens are never key.
@@ -229,7 +229,7 @@ def long_keys(
 def long_perplexity(
     model: Pretrained, experiment: Experiment, ids, keys: np.ndarray | None = None, **settings
 ) -> float:
-    """LongPPL of a method: exp of its mean NLL over key tokens, each predicted from all tokens before it.
+    """Return the LongPPL of a method: exp of its mean NLL over key tokens, each predicted from all tokens before it.
 
     LongPPL, arXiv:2410.23771.  Differs: the evaluator is the same model under dense attention, where the paper takes a stronger model.
 

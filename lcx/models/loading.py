@@ -17,7 +17,7 @@ from lcx.pretrained import Tokenizer, load_arrays
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A loaded model.  `name` is what was asked for, `sha256` that of its file or folder, `licence` as the source states it."""
+    """Loaded model.  `name` is the requested one, `sha256` that of its file or folder, `licence` as the source states it."""
 
     layers: Layers
     tokenizer: Tokenizer
@@ -55,6 +55,6 @@ class Pretrained:
 def load(name: str, dtype: str = "float32", accept_licence: bool = False) -> Pretrained:
     """Load a model by name, path or hub id; arguments and errors are those of `lcx.pretrained.load_arrays`."""
     kind("model", name, str)
-    found = load_arrays(name, dtype, accept_licence)
-    layers = Layers.of(Model(found.config, {n: jnp.asarray(a) for n, a in found.arrays.items()}))
-    return Pretrained(layers, found.tokenizer, found.name, found.sha256, found.licence)
+    checkpoint = load_arrays(name, dtype, accept_licence)
+    layers = Layers.of(Model(checkpoint.config, {n: jnp.asarray(a) for n, a in checkpoint.arrays.items()}))
+    return Pretrained(layers, checkpoint.tokenizer, checkpoint.name, checkpoint.sha256, checkpoint.licence)

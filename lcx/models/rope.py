@@ -13,7 +13,7 @@ from lcx.model_config import ModelConfig, Rope
 
 
 def inverse_frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:
-    """float32 [R/2], radians a token of the pairs that turn.  `local`: of the layers that see only the model's window."""
+    """Return float32 [R/2], radians a token of the pairs that turn.  `local`: those of the layers that see only the model's window."""
     rope = rope_of(config, local)
     pairs = rope.pairs(config.head_dim)
     inverse = 1.0 / rope.base ** (np.arange(pairs, dtype=np.float64) / pairs)
@@ -21,7 +21,7 @@ def inverse_frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:
 
 
 def rope_of(config: ModelConfig, local: bool) -> Rope:
-    """The RoPE of a kind of layer."""
+    """Return the RoPE of a kind of layer."""
     return config.rope_local if local and config.rope_local is not None else config.rope
 
 
@@ -44,7 +44,7 @@ def rotate(x: jax.Array, pos: jax.Array, inverse: np.ndarray, axis: int = -1, sc
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if scale != 1.0:
         cos, sin = cos * scale, sin * scale
-    # without the barrier XLA:CPU computes both again for every head
+    # without the barrier XLA:CPU computes cos and sin again for every head
     cos, sin = jax.lax.optimization_barrier((cos, sin))
     half = len(inverse)
     low, high, *rest = jnp.split(x.astype(jnp.float32), [half, 2 * half][: 1 + (2 * half < x.shape[axis])], axis=axis)

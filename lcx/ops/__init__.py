@@ -1,1 +1,1 @@
-"""Plain references of attention and of block scores: what has a kernel, in jax.numpy."""
+"""Plain references of attention and of block scores in jax.numpy, for every kernel."""

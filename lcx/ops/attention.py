@@ -1,8 +1,8 @@
 """Attention over some keys, and the exact union of such parts.
 
 Every method ends here.  A `Source` says how to read a tile of keys and values and where its tokens stand in the text; `attend` walks
-tiles of queries and keys with a running maximum and sum; `merge` joins parts; `mass` sums probabilities by key.  Masks talk about
-positions alone: causality and validity (`pos != EMPTY`, `kv_pos <= q_pos`) are applied here and nowhere else.
+tiles of queries and keys with a running maximum and sum; `merge` joins parts; `mass` sums probabilities by key.  Masks talk only
+about positions: causality and validity (`pos != EMPTY`, `kv_pos <= q_pos`) are applied here and nowhere else.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Source:
       pos: int32 [B,R,S] or [B,1,S], position of the token in each slot, EMPTY where none.
       tile: `tile(start, size) -> k [B,R,D,size], v [B,R,size,D]`; `start` is a traced multiple of the codec's page.
       gather: `gather(pages [B,R,N], size) -> k [B,R,D,N * size], v [B,R,N * size,D]`; page p is the slots from p * size on.
-      held: whether only a prefix is in use; then the walk ends at the last used slot and cannot be differentiated in reverse.
-      plain: whether `tile(0, S)` is the stored arrays themselves, so that reading all of it at once makes no copy.
+      held: True where only a prefix is in use; then the walk ends at the last used slot and cannot be differentiated in reverse.
+      plain: True where `tile(0, S)` is the stored arrays themselves, so that reading all of it at once makes no copy.
       pages: the stored arrays as the decode kernel reads them, `payloads.Pages`, those of a row in the order of its tokens; None where
         they lie otherwise.
     """
@@ -63,7 +63,7 @@ class Source:
 
 
 def tokens_source(k: jax.Array, v: jax.Array, pos: jax.Array) -> Source:
-    """This step's own tokens as a source.  `k`, `v` [B,R,T,D] in any float type, `pos` [B,T]."""
+    """Return this step's own tokens as a source.  `k`, `v` [B,R,T,D] in any float type, `pos` [B,T]."""
     k = k.swapaxes(2, 3)
 
     def tile(start, size):
@@ -77,24 +77,24 @@ def tokens_source(k: jax.Array, v: jax.Array, pos: jax.Array) -> Source:
 
 
 def slots_of(pages: jax.Array, size: int, slots: int) -> jax.Array:
-    """Slot numbers [...,N * size] of the pages [...,N]; those behind the last of `slots` slots name the last one."""
+    """Return the slot numbers [...,N * size] of the pages [...,N]; numbers behind the last of `slots` slots name the last one."""
     idx = pages[..., None] * size + jnp.arange(size, dtype=pages.dtype)
     return jnp.minimum(idx.reshape(*pages.shape[:-1], -1), slots - 1)
 
 
 def used_length(pos: jax.Array, axis=None) -> jax.Array:
-    """Slots up to and including the last one that holds a token; over all rows, or per row with `axis=-1`."""
+    """Return the number of slots up to the last one that holds a token; over all rows, or per row with `axis=-1`."""
     return jnp.max(jnp.where(pos != EMPTY, jnp.arange(1, pos.shape[-1] + 1), 0), axis=axis, initial=0)
 
 
 def tile_starts(total: int, size: int) -> jax.Array:
-    """First index of each tile; the last tile is moved back so that it ends at `total` (it overlaps the one before)."""
+    """Return the first index of each tile; the last tile is moved back so that it ends at `total` (it overlaps the one before)."""
     count = -(-total // size)
     return jnp.minimum(jnp.arange(count, dtype=jnp.int32) * size, total - size)
 
 
 def _tile_stats(pos: jax.Array, size: int, fresh_only: bool = True):
-    """Per tile of slots: lowest and highest position, and whether every slot of it holds a token that no earlier tile has.
+    """Return per tile of slots: lowest and highest position, and whether every slot of it holds a token that no earlier tile has.
 
     `fresh_only` leaves out of the extremes what the tile shares with the one before.
     """
@@ -124,7 +124,7 @@ def _logits(q, k, scale):
 
 
 def update(carry, q, k, v, seen, scale, careful=True, weigh=None):
-    """One step of the running softmax.
+    """Update the running softmax by one tile of keys.
 
     Args:
       carry: maximum, sum and accumulator.
@@ -159,7 +159,7 @@ def _weighted(p, v):
 
 
 def _careful(p, v, mask):
-    """`_weighted` where values that are not finite leave the product and come back, as nan, only for rows that see them."""
+    """Compute `_weighted` with values that are not finite taken out of the product; rows that see them get nan."""
     bad = ~jnp.all(jnp.isfinite(v), -1)
     seen = jnp.any(mask & bad[:, :, None, None, :], -1)
     return jnp.where(seen[..., None], jnp.nan, _weighted(p, jnp.where(bad[..., None], 0, v)))
@@ -171,7 +171,7 @@ def begin(shape, d):
 
 
 def finish(m, l, acc) -> Partial:
-    """Return the attention that a running softmax has gathered."""
+    """Return the attention accumulated by a running softmax."""
     some = l > 0
     l = jnp.where(some, l, 1.0)
     # a poisoned accumulator keeps its nan, an empty one is exactly 0
@@ -179,7 +179,7 @@ def finish(m, l, acc) -> Partial:
 
 
 def naive_attend(q, k, v, q_pos, kv_pos, *, scale: float, mask: Mask | None = None) -> Partial:
-    """Attention in five lines, every logit at once: the formula that `attend` computes in tiles, and its first reference in tests.
+    """Compute attention in five lines, every logit at once: the formula that `attend` computes in tiles, and its first reference in tests.
 
     Args:
       q: [B,R,G,T,D].   k: [B,R,D,S].   v: [B,R,S,D].
@@ -203,7 +203,7 @@ def attend(
     q_tile: int | None = None,
     kv_tile: int | None = None,
 ) -> Partial:
-    """Attention of `q` over one or several disjoint sources, never holding more than one tile of logits.
+    """Compute attention of `q` over one or several disjoint sources, never holding more than one tile of logits.
 
     Costs by each source's used length, not by its capacity; tiles that no query of the tile can see are skipped, and tiles that every
     query sees whole take no mask.  Differentiable in reverse when the sources are this step's own tokens (`held=False`).
@@ -255,7 +255,7 @@ def attend(
 
 
 def _attend_tiles(q, sources, q_pos, n_q, n_kv, scale, mask) -> Partial:
-    """`attend` in tiles of `n_q` queries and `n_kv` keys, up to each source's last used slot."""
+    """Compute `attend` in tiles of `n_q` queries and `n_kv` keys, up to each source's last used slot."""
     B, R, G, T, D = q.shape
     q_starts = tile_starts(T, n_q)
     sizes = [min(n_kv, s.pos.shape[-1]) for s in sources]
@@ -304,7 +304,7 @@ def _attend_tiles(q, sources, q_pos, n_q, n_kv, scale, mask) -> Partial:
 
 
 def _join(tiles: jax.Array, total: int) -> jax.Array:
-    """[tiles,B,R,G,n,...] -> [B,R,G,total,...]; the last tile overlaps the one before."""
+    """Join tiles [tiles,B,R,G,n,...] -> [B,R,G,total,...]; the last tile overlaps the one before."""
     count, n = tiles.shape[0], tiles.shape[4]
     body = jnp.moveaxis(tiles[: count - 1], 0, 3)
     body = body.reshape(*body.shape[:3], (count - 1) * n, *body.shape[5:])
@@ -312,7 +312,7 @@ def _join(tiles: jax.Array, total: int) -> jax.Array:
 
 
 def merge(parts: list[Partial]) -> Partial:
-    """The exact union of attention over disjoint sets of keys."""
+    """Merge attention over disjoint sets of keys into the exact union."""
     if len(parts) == 1:
         return parts[0]
     top = reduce(jnp.maximum, [p.lse for p in parts])
@@ -327,7 +327,7 @@ def merge(parts: list[Partial]) -> Partial:
 
 
 def mass(q, source: Source, q_pos, lse, *, scale: float, mask: Mask | None = None, q_tile=Q_TILE, kv_tile=KV_TILE):
-    """Attention probability that each key gets, summed over the queries: float32 [B,R,G,S].
+    """Return the attention probability that each key gets, summed over the queries: float32 [B,R,G,S].
 
     Blocked attention cannot give column sums in one pass; this is the second, with `lse` known.
 

@@ -16,7 +16,7 @@ PROBE = 64  # at most: queries of a probe
 def score_pooled(
     q: jax.Array, k: jax.Array, *, scale: float, rows: int, size: int, causal: bool = True, q_offset=0
 ) -> jax.Array:
-    """Logits of rows of queries (means of blocks, or single queries) with one key for each block of keys.
+    """Return the logits of rows of queries (means of blocks, or single queries) with one key for each block of keys.
 
     Serves FlexPrefill (arXiv:2502.20766, section 3: means by means of 128), MoBA (arXiv:2502.13189: single queries, rows=1, scale=1) and
     learned gates.
@@ -46,7 +46,7 @@ def score_pooled(
 
 
 def score_minmax(q: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """Upper bounds of q . k over the keys of each page, from the page's element-wise extremes, before any scale.
+    """Return upper bounds of q . k over the keys of each page, from the page's element-wise extremes, before any scale.
 
     Quest, arXiv:2406.10774, section 3.3: the sum over d of max(q * low, q * high).
 
@@ -67,7 +67,7 @@ def score_minmax(q: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def score_antidiagonal(q: jax.Array, k: jax.Array, *, stride: int, scale: float, q_offset=0, kv_len=None) -> jax.Array:
-    """Estimated attention mass of blocks of 128 queries x 128 keys from sums over antidiagonals.
+    """Return the estimated attention mass of blocks of 128 queries x 128 keys from sums over antidiagonals.
 
     XAttention, arXiv:2503.16428, section 2.1: the logit of `stride` successive queries and as many keys is the sum of q . k over the
     antidiagonal of their square, by `scale / stride`; causal softmax over the squares of a row; sums by block.  Here the rows of a block
@@ -115,7 +115,7 @@ def score_probe(
     kv_len=None,
     window: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention mass of a text's last queries by key and by distance.
+    """Return the attention mass of a text's last queries by key and by distance.
 
     MInference, arXiv:2407.02490, section 3.2 and the authors' code: the last 64 queries, causal softmax in float32, summed over queries.
 
@@ -125,7 +125,7 @@ def score_probe(
       scale: factor on the logits, positive.
       q_offset: int32 [B] or one number.
       kv_len: int32 [B] or one number, keys in use, at most S; None: S.
-      window: the most recent tokens alone, the query's own included; None: all.
+      window: only the most recent tokens, the query's own included; None: all.
 
     Returns:
       (columns, diagonals), float32 [B,K,G,S] both: by position of the key, and by distance from the query.
@@ -163,7 +163,7 @@ def _check_scale(scale: float):
 
 
 def check_pooled(q, k, scale: float, rows: int, size: int):
-    """Raises UserError for a call that `score_pooled` does not serve."""
+    """Raise UserError for a call that `score_pooled` does not serve."""
     _check_heads(q, k)
     _check_scale(scale)
     if rows < 1 or size < 1:
@@ -171,14 +171,14 @@ def check_pooled(q, k, scale: float, rows: int, size: int):
 
 
 def check_minmax(q, low, high):
-    """Raises UserError for a call that `score_minmax` does not serve."""
+    """Raise UserError for a call that `score_minmax` does not serve."""
     _check_heads(q, low, "low")
     if high.shape != low.shape:
         raise UserError(f"low {low.shape}, high {high.shape}: allowed are equal shapes")
 
 
 def check_antidiagonal(q, k, stride: int, scale: float, q_offset):
-    """Raises UserError for a call that `score_antidiagonal` does not serve."""
+    """Raise UserError for a call that `score_antidiagonal` does not serve."""
     _check_heads(q, k)
     _check_scale(scale)
     if stride < 1 or BLOCK % stride:
@@ -188,7 +188,7 @@ def check_antidiagonal(q, k, stride: int, scale: float, q_offset):
 
 
 def check_probe(q, k, scale: float, window: int | None):
-    """Raises UserError for a call that `score_probe` does not serve."""
+    """Raise UserError for a call that `score_probe` does not serve."""
     _check_heads(q, k)
     _check_scale(scale)
     if q.shape[3] > PROBE:

@@ -1,4 +1,4 @@
-"""Masks as values: which visible keys a query may read, by position, and what that means for a whole tile."""
+"""Masks as values: the visible keys that a query may read, by position, and the bounds of a mask over a whole tile."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Bounds(NamedTuple):
 
 
 class Mask:
-    """Which visible keys a query may read, by position.  Causality and validity are applied by `attend`, not here."""
+    """Rule by position for the visible keys that a query may read.  Causality and validity are applied by `attend`, not here."""
 
     def allow(self, q_pos, kv_pos) -> jax.Array:
         """Return bool, broadcastable to [B,R,G,T,S], from q_pos [B,1,1,T,1] and kv_pos [B,R,1,1,S]."""
         raise NotImplementedError
 
     def bounds(self, tile: Bounds) -> tuple[Any, Any]:
-        """Return (some pair of the tile may be allowed, every pair is).  The base does not know."""
+        """Return (some pair of the tile may be allowed, every pair is).  The base answers (True, False)."""
         return True, False
 
 
@@ -62,7 +62,7 @@ class Far(Mask):
 
 @dataclass(frozen=True)
 class Both(Mask):
-    """Keys that two masks allow."""
+    """Keys that two masks allow, the intersection."""
 
     one: Mask
     other: Mask

@@ -21,7 +21,7 @@ Listing = tuple[jax.Array, jax.Array]  # index int32 [B,R,g,M], count int32 [B,R
 
 @dataclass(frozen=True)
 class Visit:
-    """Which pages of one source each block of queries reads, by one of `lists`, `blocks` and `listing`.
+    """Pages of one source that each block of queries reads, by one of `lists`, `blocks` and `listing`.
 
     Attributes:
       size: slots a page; page p is the slots p * size ... (p + 1) * size - 1.  1 lists single slots.
@@ -62,7 +62,7 @@ class Visit:
 
     @property
     def width(self) -> int:
-        """Pages that a block of queries reads at most."""
+        """Upper bound on the pages that a block of queries reads."""
         if self.lists is not None:
             return self.lists[0].shape[-1]
         pages = self.most if self.blocks is None else self.blocks.shape[-1]
@@ -70,7 +70,7 @@ class Visit:
         return min(pages, self.most or pages)
 
     def at(self, i) -> Listing:
-        """The pages of the i-th block of queries, i traced."""
+        """Return the pages of the i-th block of queries, i traced."""
         if self.lists is not None:
             index, count = self.lists
             return (lax.dynamic_index_in_dim(x, i, 3, keepdims=False) for x in (index, count))  # pyrefly: ignore
@@ -86,7 +86,7 @@ class Visit:
 def attend_visits(
     q: jax.Array, source: Source, q_pos: jax.Array, visit: Visit, *, scale: float, mask: Mask | None = None
 ) -> tuple[Partial, jax.Array]:
-    """Attention over the pages that a visit lists, walked up to the longest list that the step has.
+    """Compute attention over the pages that a visit lists, walked up to the longest list that the step has.
 
     Args:
       q: [B,R,G,T,D].
@@ -103,7 +103,7 @@ def attend_visits(
     """
     B, R, G, T, D = q.shape
     if source.gather is None:
-        raise ValueError("this source has no `gather`: pages cannot be read")
+        raise ValueError("this source has no `gather`, so its pages cannot be read; give the Source one")
     visit.check(T)
     gather, size, S = source.gather, visit.size, source.pos.shape[-1]
     n_q, width = min(visit.rows, T), visit.width

@@ -1,1 +1,1 @@
-"""Which keys does a query read?  One file per method."""
+"""Patterns: the keys that a query reads.  One file per method."""

@@ -67,7 +67,7 @@ class Quest(Pattern):
         return Visits({name: self._pages(ctx, segment) for name, segment in held.items()})
 
     def _pages(self, ctx, held):
-        """The pages of one segment with the highest upper bound of q.k."""
+        """Return the pages of one segment with the highest upper bound of q.k."""
         low, high = (held.slots.state[n] for n in ("page_min", "page_max"))
         score = ctx.score_minmax(low, high)
         if self.group_reduce == "max":
@@ -84,7 +84,7 @@ class Quest(Pattern):
         return Visit(self.page, 1, lists=(index, count))
 
     def _near(self, ctx, held_pos, pages):
-        """bool [B,R|1,1,T,pages]: whether a page has tokens in the model's own window; others would take its place for nothing."""
+        """Return bool [B,R|1,1,T,pages]: pages with tokens in the model's own window; others would take their places for nothing."""
         pad = pages * self.page - held_pos.shape[-1]
         pos = jnp.pad(held_pos, ((0, 0), (0, 0), (0, pad)), constant_values=EMPTY)
         newest = pos.reshape(*pos.shape[:2], pages, self.page).max(-1)
@@ -100,7 +100,7 @@ class Quest(Pattern):
 
 @dataclass(frozen=True)
 class Summaries(Pattern):
-    """Reads everything and keeps the extremes of each page's keys up to date: Quest while it is not choosing."""
+    """Pattern that reads everything and keeps the extremes of each page's keys up to date: Quest while it is not choosing."""
 
     page: int
 

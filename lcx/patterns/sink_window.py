@@ -11,7 +11,7 @@ from lcx.policies.base import check_tokens
 
 @dataclass(frozen=True)
 class AShape(Pattern):
-    """Every query reads the first `sink` tokens and the `window` most recent ones, itself included.
+    """Mask under which every query reads the first `sink` tokens and the `window` most recent ones, itself included.
 
     MInference, arXiv:2407.02490, section 3.1: the A-shape head, 1,024 sinks and a window of 4,096; StreamingLLM's mask at the text's
     positions.  Exact when sink + window covers the context.  No memory is saved: `policies.SinkWindow` forgets.

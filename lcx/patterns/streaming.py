@@ -12,7 +12,7 @@ from lcx.ops.attention import EMPTY
 
 @dataclass(frozen=True)
 class CachePositions(Pattern):
-    """Keys are rotated by their rank among the tokens held, queries by the number of tokens before them in the cache.
+    """RoPE by places in the cache: keys turn by their rank among the held tokens, queries by the number of tokens before them in the cache.
 
     StreamingLLM, Xiao et al. 2023, arXiv:2309.17453, section 3.2; it goes with `policies.SinkWindow` (4 sinks).  Keys are cached
     before RoPE.  All KV heads of a row must hold equally many tokens.  Exact while nothing is evicted.

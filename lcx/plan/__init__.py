@@ -1,4 +1,4 @@
-"""What a model with a long context needs on a device that is not there: memory from XLA's own compiler, times from a roofline.
+"""Plans of a model with a long context on devices that are not installed: memory from XLA's own compiler, times from a roofline.
 
 from lcx.plan import plan
 rows = plan(shape("llama3-8b"), {"dense": load_config("configs/dense.py")}, ["h200"], [131_072])

@@ -1,4 +1,4 @@
-"""A plan beside what a device that is there really needs."""
+"""A plan beside the measured memory of an installed device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 def meaningless_layers(config: ModelConfig, dtype) -> Layers:
-    """Weights of the model's shapes that are all 0.01: memory does not depend on their values."""
+    """Return weights of the model's shapes that are all 0.01: memory does not depend on their values."""
     fill = {n: s for n, s in param_shapes(config).items() if not n.startswith("layers.")}
     top = {n: jnp.full(s, 0.01, dtype) for n, s in fill.items()}
 
@@ -40,7 +40,7 @@ def meaningless_layers(config: ModelConfig, dtype) -> Layers:
 def measured_peak(
     config: ModelConfig, experiment: Experiment, length: int, new_tokens: int, dtype: Any, batch: int = 1
 ) -> tuple[int, str]:
-    """The peak in bytes of a prompt and two steps after it on this machine's first device, and what tells it.
+    """Return the measured peak in bytes of a prompt and two steps on this machine's first device, and the name of the measure.
 
     A GPU's allocator counts exactly, since the process began; on a CPU it is how much the resident memory grew.
     """
@@ -67,7 +67,7 @@ def check(
     chunk_size: int,
     settings: Mapping[str, Any],
 ) -> Iterator[str]:
-    """One line for the one method and length: predicted beside measured.
+    """Return one line for the one method and length: predicted beside measured.
 
     Raises:
       UserError: more than one point, since a device's peak is that of the process; or 8-bit weights, which do not run.
@@ -84,11 +84,11 @@ def check(
     if experiment.recipe.has_budget:
         experiment = experiment.with_budget(length, settings["budget"], settings["keep_ratio"])
     new_tokens, dtype, batch = (settings[name] for name in ("new_tokens", "dtype", "batch"))
-    # the machine's own device, whatever it is: its memory is not asked about
-    here = Device("this machine", None, 1, 1 << 62)
-    row = estimate(config, experiment, length, new_tokens, dtype, here, batch)
-    found, source = measured_peak(config, experiment, length, new_tokens, jnp.dtype(dtype), batch)
+    # the machine's own device, whatever its kind; its memory is not read
+    local = Device("this machine", None, 1, 1 << 62)
+    row = estimate(config, experiment, length, new_tokens, dtype, local, batch)
+    measured, source = measured_peak(config, experiment, length, new_tokens, jnp.dtype(dtype), batch)
     yield (
-        f"{method}, {length:,} tokens: predicted {row.at.peak_bytes / GIB:.3f} GiB ({row.at.program}), measured {found / GIB:.3f} GiB "
-        f"({source}), predicted / measured {row.at.peak_bytes / max(found, 1):.3f}"
+        f"{method}, {length:,} tokens: predicted {row.at.peak_bytes / GIB:.3f} GiB ({row.at.program}), measured {measured / GIB:.3f} GiB "
+        f"({source}), predicted / measured {row.at.peak_bytes / max(measured, 1):.3f}"
     )

@@ -1,4 +1,4 @@
-"""What a plan is made for: this machine's own device, or some GPUs of one kind that need not be there."""
+"""Devices of a plan: this machine's own device, or GPUs of one kind that need not be installed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Device:
     """Devices that share one model.
 
     Attributes:
-      name: what the flag --device takes, such as h200, 2xh200 or cpu.
-      target: what is compiled for; None: this machine's own device.
-      count: how many; every one holds 1 / count of the KV heads and of the matrices.
-      memory_bytes: of each.
+      name: value of the flag --device, such as h200, 2xh200 or cpu.
+      target: target of the compilation; None: this machine's own device.
+      count: number of devices; every one holds 1 / count of the KV heads and of the matrices.
+      memory_bytes: memory of each.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Device:
 
 
 def device(name: str) -> Device:
-    """The device of this name: cpu, one of TARGETS, or several of them, as 2xh200.
+    """Return the device of this name: cpu, one of TARGETS, or several of them, as 2xh200.
 
     Raises:
       UserError: there is none; names the nearest.
@@ -41,7 +41,7 @@ def device(name: str) -> Device:
     if kind == CPU and count == 1:
         memory = machine_bytes()
         if memory is None:
-            raise UserError("device='cpu': this system does not say how much memory it has; take a GPU target")
+            raise UserError("device='cpu': this system does not report its memory; choose a GPU target")
         return Device(name, None, 1, memory)
     if kind not in TARGETS:
         allowed = (CPU, *TARGETS)
@@ -58,5 +58,5 @@ def check_compiler(found: Device) -> None:
 
 
 def budget_bytes(found: Device, reserve_mib: int) -> int:
-    """What arrays and scratch may take on each device."""
+    """Return the bytes that arrays and scratch may take on each device."""
     return found.memory_bytes - reserve_mib * MIB

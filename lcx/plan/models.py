@@ -1,4 +1,4 @@
-"""A model as a plan sees it: shapes, weights counted, its part on one of several devices, and a head split where none is known."""
+"""Models of a plan: shapes, counted weights, the part on one of several devices, and a head split where none is known."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lcx.pretrained.registry import MODELS, located
 
 
 def shape(name: str) -> ModelConfig:
-    """The shape of a model; no weights are read.
+    """Return the shape of a model; no weights are read.
 
     Args:
       name: a name of SHAPES, a model that is installed, a GGUF file, or a folder with a config.json.
@@ -61,7 +61,7 @@ def _installed(name: str) -> Path:
 
 
 def abstract_layers(config: ModelConfig, dtype) -> Layers:
-    """The model's arrays as shapes alone."""
+    """Return the model's arrays as shapes."""
     weights: dict[str, Any] = {n: jax.ShapeDtypeStruct(s, dtype) for n, s in param_shapes(config).items()}
     arrays = {n.removeprefix("layers.0."): w for n, w in weights.items() if n.startswith("layers.0.")}
     block = nnx.split(nnx.eval_shape(lambda: Block({n: jnp.zeros(w.shape, w.dtype) for n, w in arrays.items()})))
@@ -71,7 +71,7 @@ def abstract_layers(config: ModelConfig, dtype) -> Layers:
 
 
 def shard(config: ModelConfig, count: int) -> ModelConfig:
-    """One device's part under tensor parallelism over KV heads: 1 / count of heads, MLP columns and vocabulary.
+    """Return one device's part under tensor parallelism over KV heads: 1 / count of heads, MLP columns and vocabulary.
 
     Raises:
       UserError: the KV heads or MLP columns do not divide.
@@ -92,7 +92,7 @@ def shard(config: ModelConfig, count: int) -> ModelConfig:
 
 
 def planned_aux(experiment: Experiment, config: ModelConfig, count: int = 1) -> tuple[Aux | None, str]:
-    """The method's arrays, and a note where they are not the published ones.
+    """Return the method's arrays, and a note where they are not the published ones.
 
     Args:
       experiment: the method.

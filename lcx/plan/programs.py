@@ -1,4 +1,4 @@
-"""The programs of one session at one length: what is alive while each runs (exact), and what XLA adds (compiled)."""
+"""Programs of one session at one length: the memory alive while each runs (exact), and XLA's additions (compiled)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Part:
       name: "prefill chunk", "prefill" (one shot), "decode", "repack" or "logits".
       layer: the first layer that runs it; layers that share a program are one part.
       live_bytes: arrays of the session that are alive while it runs, its own arguments among them: weights, caches, residual stream.
-      program, args, static: what is compiled.
+      program, args, static: the jitted function and its arguments.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Part:
 
     @property
     def label(self) -> tuple[str, int]:
-        """What is the same program at another length."""
+        """Name of the same program at every length."""
         return self.name, self.layer
 
     @cached_property
     def key(self):
-        """Equal for programs that compile to the same."""
+        """Key that is equal for programs that compile to the same."""
         leaves, tree = jax.tree.flatten(self.args)
         shapes = tuple((x.shape, jnp.result_type(x)) for x in leaves)
         return self.program, tuple(sorted(self.static.items(), key=lambda item: item[0])), tree, shapes
@@ -57,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """What XLA's buffer assignment adds to a program's arguments, in bytes.
+    """Additions of XLA's buffer assignment to a program's arguments, in bytes.
 
     Attributes:
       temp_bytes: scratch.
@@ -74,7 +74,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a session is planned with, its length apart.
+    """Settings of a planned session, without its length.
 
     Attributes:
       config: the model, or its part on one of several devices.
@@ -99,7 +99,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A session at one length.
+    """Programs and caches of a session at one length.
 
     Attributes:
       parts: its programs.
@@ -113,7 +113,7 @@ class Timeline:
 
 
 def timeline(setting: Setting, experiment: Experiment, length: int, aux: Aux | None) -> Timeline:
-    """The programs that a prompt of `length` tokens and the steps after it run, as `Session` runs them."""
+    """Return the programs that a prompt of `length` tokens and the steps after it run, as `Session` runs them."""
     config = setting.config
     session = SessionPrograms(
         abstract_layers(config, setting.dtype),
@@ -130,7 +130,7 @@ def timeline(setting: Setting, experiment: Experiment, length: int, aux: Aux | N
     held = moments[-1].cache_bytes
     alive: dict[tuple[str, int], int] = {}
     for phase, layer, size in moments:
-        # layers of one kind share a program; it is planned where most is alive
+        # layers of one kind share a program; it is planned at the layer with the most memory alive
         alive[phase, _kind(session, phase, layer)] = max(size, alive.get((phase, _kind(session, phase, layer)), 0))
     parts = []
     width = experiment.schedule.width(length)
@@ -155,35 +155,35 @@ def timeline(setting: Setting, experiment: Experiment, length: int, aux: Aux | N
 
 
 def _kind(session: SessionPrograms, name: str, layer: int) -> Any:
-    """What a layer's program has in common with those of other layers."""
+    """Return the key that a layer's program shares with those of other layers."""
     if name == "repack":
         return session.repack_key(layer)
     return session.kinds[name][layer]
 
 
 class Compiler:
-    """Compiles programs for targets, each once, two at a time: XLA works outside the interpreter's lock, mostly on one core."""
+    """Compiler of programs for targets, each once, two at a time: XLA works outside the interpreter's lock, mostly on one core."""
 
     def __init__(self, workers: int = 2):
         self._pool = ThreadPoolExecutor(max_workers=workers)
-        self._found: dict[Any, Future[Report]] = {}
+        self._reports: dict[Any, Future[Report]] = {}
         self._lock = threading.Lock()
 
     def submit(self, target: GpuTarget | None, parts: Sequence[Part]) -> list[Future[Report]]:
-        """Start what is not compiled yet."""
+        """Start the compilation of parts that are not compiled yet."""
         result = []
         for part in parts:
             key = (target, part.key)
             with self._lock:
-                if key not in self._found:
-                    self._found[key] = self._pool.submit(_compile, target, part)
-                result.append(self._found[key])
+                if key not in self._reports:
+                    self._reports[key] = self._pool.submit(_compile, target, part)
+                result.append(self._reports[key])
         return result
 
     def known(self, target: GpuTarget | None, part: Part) -> Report | None:
-        """What is compiled already, perhaps for another length: programs of a cache that does not grow are the same at all."""
-        found = self._found.get((target, part.key))
-        return found.result() if found is not None else None
+        """Return the report of a compiled program, perhaps of another length: programs of a cache that does not grow are equal."""
+        report = self._reports.get((target, part.key))
+        return report.result() if report is not None else None
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -196,7 +196,7 @@ CPU_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_
 
 
 def compile_options(target: GpuTarget | None) -> dict[str, int] | None:
-    """None on a GPU that is there: it is compiled for as a run would."""
+    """Return the options of a compilation; None for a local GPU, which is compiled with the options of a real run."""
     if target is not None:
         return GPU_OPTIONS
     return CPU_OPTIONS if jax.default_backend() == "cpu" else None

@@ -21,7 +21,7 @@ from lcx.storage import Shape
 
 @dataclass(frozen=True)
 class Roofline:
-    """Operations and bytes of one device, and the seconds they take at the vendor's figures; a bound from below.
+    """Operations and bytes of one device, and the seconds they take at the vendor's figures; a lower bound.
 
     Attributes:
       linear_flops, attention_flops: of the prefill; every key that a query may read is counted.
@@ -42,7 +42,7 @@ class Roofline:
 def roofline(
     setting: Setting, experiment: Experiment, length: int, aux: Aux | None, weight_bits: int | None, target: GpuTarget
 ) -> Roofline:
-    """Of a prompt of `length` tokens and of the step after it."""
+    """Return the roofline of a prefill of `length` tokens and of the decode step that follows."""
     config, recipe, batch = setting.config, experiment.recipe, setting.batch
     width = experiment.schedule.width(length)
     table = weight_table(config, setting.dtype, weight_bits)
@@ -75,10 +75,10 @@ def roofline(
 def _attention_flops(
     config: ModelConfig, recipe: Recipe, phase: str, layer: int, length: int, width: int, aux: Aux | None
 ) -> float:
-    """q.k and p.v: 4 operations a channel for every pair of a query and a key that it may read.  A step sees itself whole."""
-    here, sizes = recipe.at(phase, layer, config), recipe.capacities(phase, layer, Shape(config, length))
+    """Return the operations of q.k and p.v, 4 a channel for every (query, readable key) pair.  A step sees itself whole."""
+    acting, sizes = recipe.at(phase, layer, config), recipe.capacities(phase, layer, Shape(config, length))
     total = 0.0
-    for chain in here.chains:
+    for chain in acting.chains:
         most = sum(sizes[s.name] for s in chain)
         if phase == "decode":
             pairs = float(min(length, most) + 1)
@@ -93,17 +93,17 @@ def _attention_flops(
 
 
 def _read_bytes(setting: Setting, recipe: Recipe, layer: int, length: int, aux: Aux | None) -> float:
-    """Bytes of the cache that a decode step reads: all, or the state and at most the budget of each query head where pages are chosen."""
-    here = recipe.at("decode", layer, setting.config)
+    """Return the cache bytes that a decode step reads: all, or state and at most the budget of each query head where pages are chosen."""
+    acting = recipe.at("decode", layer, setting.config)
     shape = Shape(setting.config, length, 0, setting.batch, setting.dtype)
     cache = jax.eval_shape(lambda: recipe.init_layer("decode", layer, shape, aux))
-    return sum(_chain_bytes(here, chain, cache, setting.config.group) for chain in here.chains)
+    return sum(_chain_bytes(acting, chain, cache, setting.config.group) for chain in acting.chains)
 
 
-def _chain_bytes(here: Recipe, chain: Chain, cache, group: int) -> float:
+def _chain_bytes(recipe: Recipe, chain: Chain, cache, group: int) -> float:
     total = 0.0
     for s in chain:
         slots = cache[s.name]
-        share = here.pattern.share(slots.pos.shape[-1], group)
+        share = recipe.pattern.share(slots.pos.shape[-1], group)
         total += shape_bytes((slots.payload, slots.pos)) * share + shape_bytes(slots.state)
     return total

@@ -33,7 +33,7 @@ FAR_BEYOND = 4  # times the longest context that fits; programs of terabytes tak
 
 @dataclass(frozen=True)
 class Asked:
-    """What a plan is asked for, beside the model, the method, the device and the length.
+    """Request for a plan, beside the model, the method, the device and the length.
 
     Attributes:
       new_tokens: tokens that there is room for after the prompt.
@@ -41,7 +41,7 @@ class Asked:
       dtype: of weights, activations and exact caches.
       steps: tokens of the steps after the prompt.
       weight_bits: 8 counts the layers' matrices in 8 bits; None: in `dtype`.
-      reserve_mib: of the device, left alone.
+      reserve_mib: MiB of the device that stay unused.
       budget, keep_ratio: of methods that have a budget; a `keep_ratio` is of the prompt, and of `shortest` tokens at least.
       implementation: of attention, as in `lcx.backends.choose.resolve`.
 
@@ -77,9 +77,9 @@ class Job:
       experiment: the method.
       device: where it is planned for.
       asked: the rest of the request.
-      setting: what a session is planned with, of one device.
+      setting: settings of the planned session, of one device.
       aux: the method's arrays, or None.
-      notes: what a reader must know.
+      notes: remarks for the reader.
     """
 
     model: ModelConfig
@@ -97,7 +97,7 @@ class Job:
 
     @property
     def weights(self) -> dict[str, int]:
-        """Bytes of one device's weights by kind, as they are counted."""
+        """Return the bytes of one device's weights by kind, as they are counted."""
         return weight_table(self.setting.config, self.setting.dtype, self.asked.weight_bits)
 
     @property
@@ -105,7 +105,7 @@ class Job:
         return self.asked.reserve_mib * MIB
 
     def experiment_at(self, length: int) -> Experiment:
-        """The experiment with the requested budget; methods that keep every token are returned unchanged."""
+        """Return the experiment with the requested budget; methods that keep every token are returned unchanged."""
         if not self.experiment.recipe.has_budget:
             return self.experiment
         # the search for a limit looks at prompts that are shorter than sinks and observation windows
@@ -127,7 +127,7 @@ class Job:
         )
 
     def times(self, length: int) -> Roofline | None:
-        """The roofline, predicted; None on a CPU, which has no vendor's figures."""
+        """Return the predicted roofline; None on a CPU, which has no vendor's figures."""
         target = self.device.target
         if target is None:
             return None
@@ -144,7 +144,7 @@ class Need:
       peak_cache_bytes: the largest sum of caches that are alive together.
       temp_bytes: scratch of the program that needs the most memory.
       peak_bytes: the most memory.
-      program: what needs it.
+      program: the program that needs this memory.
       peaks: program -> the most memory while it runs.
       source: "compiled" where `program` was compiled for this length, else "interpolated".
     """
@@ -188,15 +188,15 @@ class Limit:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What one method needs at one context length; bytes are of one device.
+    """Needs of one method at one context length; bytes are of one device.
 
     Attributes:
-      job: what was asked for.
+      job: the request.
       at: the memory that it needs.
       limit: the longest prompt that fits; None: memory does not grow, or not searched.
       times: the roofline, predicted; None on a CPU.
       checks: lengths that were interpolated first and compiled then.
-      notes: what a reader must know.
+      notes: remarks for the reader.
     """
 
     job: Job
@@ -208,7 +208,7 @@ class PlanRow:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the memory less the reserve."""
+        """Return True where the peak is within the memory less the reserve."""
         return self.at.peak_bytes <= budget_bytes(self.job.device, self.job.asked.reserve_mib)
 
     @property
@@ -258,7 +258,7 @@ class PlanRow:
 
 
 def make_job(model: ModelConfig, method: str, experiment: Experiment, where: Device, asked: Asked | None = None) -> Job:
-    """Check all that can be checked before anything is compiled.
+    """Check the method, model and device before anything is compiled, and return the job.
 
     Raises:
       UserError: a recipe that does not suit the model, devices that do not divide it, or a compiler that is missing.
@@ -316,7 +316,7 @@ def plan(
       targets: devices or their names, such as "h200", "2xa100-80gb", "cpu".
       lengths: prompts in tokens, each once.
       chunk_size: tokens of a prefill step, but for methods that need the whole prompt at once.
-      limits: whether to search for the longest context that fits.
+      limits: True to search for the longest context that fits.
       on_rows: called with the rows of a method on a device as they are done.
       settings: fields of `Asked`: new_tokens, batch, dtype, weight_bits, reserve_mib, budget, keep_ratio, implementation.
 
@@ -339,14 +339,14 @@ def plan(
             jobs.append(job)
     compiler = Compiler()
     try:
-        # two at a time: while one waits for XLA the other traces
+        # two threads: while one waits for XLA the other traces
         with ThreadPoolExecutor(max_workers=2) as pool:
-            found = []
+            all_rows = []
             for rows in pool.map(lambda job: _rows(job, compiler, lengths, limits), jobs):
-                found += rows
+                all_rows += rows
                 if on_rows is not None:
                     on_rows(rows)
-            return found
+            return all_rows
     finally:
         compiler.close()
 
@@ -394,7 +394,7 @@ def estimate(
     compiler: Compiler | None = None,
     **settings,
 ) -> PlanRow:
-    """One length, compiled; the prompt is read by the experiment's own schedule.
+    """Return the plan at one length, compiled; the prompt is read by the experiment's own schedule.
 
     Args:
       config: the model's shape.
@@ -404,7 +404,7 @@ def estimate(
       dtype: of weights, activations and exact caches.
       target: a device or its name; None: this machine's own.
       batch: texts side by side.
-      method: what the row calls it; None: its pattern's name.
+      method: name in the row; None: the pattern's name.
       compiler: shared by several estimates, so that what they have in common is compiled once.
       settings: further fields of `Asked`, such as steps=(1, 256).
     """

@@ -15,7 +15,7 @@ from lcx.plan.targets import GpuTarget
 
 STEP = 1_024  # the longest context is rounded down to a multiple of it
 TOLERANCE = 0.03  # of interpolated temp, against what is compiled
-MARGIN = 4  # a program is left out where its temp and results, so many times over, would not make it the largest
+MARGIN = 4  # a program is left out where this multiple of its temp and results would not make it the largest
 MORE_POINTS = 4  # compiled at most where a check fails
 MORE_LIMITS = 8  # limits compiled until one stays
 
@@ -29,7 +29,7 @@ class Peak:
       part: the program that needs them.
       temp_bytes: of that program.
       by_program: the most of each kind of program.
-      compiled: whether that program was compiled for this length.
+      compiled: True where that program was compiled for this length.
     """
 
     bytes: int
@@ -41,7 +41,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Check:
-    """A length that was predicted first and compiled then: relative errors of the limiting program's temp and of the peak."""
+    """Error of a prediction at one length, compiled afterwards: relative errors of the limiting program's temp and of the peak."""
 
     tokens: int
     temp_error: float
@@ -57,7 +57,7 @@ class Curve:
 
     Args:
       compiler: shared by all curves.
-      target: what is compiled for.
+      target: target of the compilations.
       at: length -> its programs.
     """
 
@@ -91,7 +91,7 @@ class Curve:
             self._knots[length] = {n: f.result() for n, f in zip(labels, futures, strict=True)}
 
     def peak(self, length: int) -> Peak:
-        """Compiled where it is, else interpolated; at least one length must be compiled."""
+        """Return the peak, compiled where the length is, else interpolated; at least one length must be compiled."""
         parts = self.timeline(length).parts
         reports = self._reports(length)
         totals = [part.live_bytes + math.ceil(r.extra_bytes) for part, r in zip(parts, reports, strict=True)]
@@ -121,7 +121,7 @@ class Curve:
         return Report(between(length, lengths, temps), _line(length, lengths, results))
 
     def limit(self, budget: int) -> tuple[int | None, bool]:
-        """The longest context, a multiple of STEP, that fits into `budget` bytes, compiled; 0: none.  And whether it is certain.
+        """Return the longest compiled context that fits into `budget` bytes, a multiple of STEP, 0 for none, and whether it is certain.
 
         None: memory does not grow with the context, so that positions end first.  Not certain: it moved with each of MORE_LIMITS
         compilations; it fits, and a longer one might.
@@ -137,7 +137,7 @@ class Curve:
         return max((n for n in self._knots if n % STEP == 0 and self.peak(n).bytes <= budget), default=0), False
 
     def check_middle(self, low: int, high: int, seed: str) -> list[Check]:
-        """Predict a random length between `low` and `high`, then compile it; again with a further one while it is off by too much."""
+        """Predict a random length between `low` and `high`, then compile it; try further lengths while the prediction is too far off."""
         chance = random.Random(seed)  # noqa: S311, no secret
         checks = []
         for _ in range(1 + MORE_POINTS):
@@ -146,16 +146,16 @@ class Curve:
                 continue
             predicted = self.peak(length)
             self.compile(length)
-            found = self.peak(length)
-            temp_error = abs(predicted.temp_bytes - found.temp_bytes) / max(found.temp_bytes, 1)
-            checks.append(Check(length, temp_error, abs(predicted.bytes - found.bytes) / found.bytes))
+            compiled = self.peak(length)
+            temp_error = abs(predicted.temp_bytes - compiled.temp_bytes) / max(compiled.temp_bytes, 1)
+            checks.append(Check(length, temp_error, abs(predicted.bytes - compiled.bytes) / compiled.bytes))
             if checks[-1].holds:
                 break
         return checks
 
 
 def _last_that_fits(over: Callable[[int], float], most: int) -> int:
-    """The largest n of 1 ... most with over(n) <= 0, 0 if there is none; `over` grows, nearly as a line."""
+    """Return the largest n of 1 ... most with over(n) <= 0, 0 if there is none; `over` grows, nearly as a line."""
     low, high, over_low, over_high = 1, most, over(1), over(most)
     if over_low > 0:
         return 0
@@ -175,12 +175,12 @@ def _last_that_fits(over: Callable[[int], float], most: int) -> int:
 
 
 def _power(x: int, xs: list[int], ys: list[float]) -> float:
-    """As `_line`, in logarithms."""
+    """Interpolate as `_line`, in logarithms."""
     return float(np.exp(_line(np.log(x), list(np.log(xs)), list(np.log(ys)))))
 
 
 def _line(x: float, xs: Sequence[float], ys: list[float]) -> float:
-    """Through the points; beyond them along the last two, never below 0."""
+    """Interpolate between the points; beyond them along the last two, never below 0."""
     if len(xs) == 1:
         return ys[0]
     if x < xs[0] or x > xs[-1]:

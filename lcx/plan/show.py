@@ -34,7 +34,7 @@ COLUMNS = (
 
 
 def table(rows: Sequence[PlanRow], title: str) -> Table:
-    """The rows of one device, grouped by length."""
+    """Return the table of one device, grouped by length."""
     result = empty_table(title)
     for name, _ in COLUMNS:
         words = name.partition("\n")[0] in ("method", "most memory in", "temp is", "fits")
@@ -48,7 +48,7 @@ def table(rows: Sequence[PlanRow], title: str) -> Table:
 
 
 def limits(rows: Sequence[PlanRow], title: str) -> Table:
-    """The longest context of each method on one device, in multiples of 1,024, beside what its paper claims."""
+    """Return the longest context of each method on one device, in multiples of 1,024, beside the claim of its paper."""
     result = empty_table(title)
     claims = any(_claim(r) for r in rows)
     names = ["method", "longest context\ntokens", "peak there\nGiB", "limited by"]
@@ -64,7 +64,7 @@ def limits(rows: Sequence[PlanRow], title: str) -> Table:
 def _limit_cells(row: PlanRow) -> tuple[str, str, str]:
     most = row.need_at_limit
     if row.limit_tokens is None:
-        return "no limit", _gib(row.at.peak_bytes), "positions alone"
+        return "no limit", _gib(row.at.peak_bytes), "only positions"
     if most is None:
         return f"below {STEP:,}", "-", row.at.program
     return f"{row.limit_tokens:,}", _gib(most.peak_bytes), most.program
@@ -78,12 +78,12 @@ def _claim(row: PlanRow) -> float | None:
 
 
 def first_of_method(rows: Sequence[PlanRow]) -> list[PlanRow]:
-    """One row for each method, the first."""
+    """Return the first row of each method."""
     return list({row.job.method: row for row in reversed(rows)}.values())[::-1]
 
 
 def notes(rows: Sequence[PlanRow]) -> list[str]:
-    """What the columns count, and what single methods need said."""
+    """Return notes on the columns and on single methods."""
     row = rows[0]
     job = row.job
     size = job.experiment.schedule.chunk_size()
@@ -97,11 +97,11 @@ def notes(rows: Sequence[PlanRow]) -> list[str]:
         f"Attention: {' | '.join(dict.fromkeys(r.job.setting.implementation for r in rows))}.  "
         "Times are predicted from a roofline, nothing ran."
     ]
-    said: dict[str, list[str]] = {}
+    by_note: dict[str, list[str]] = {}
     for r in first_of_method(rows):
         for note in r.notes:
-            said.setdefault(note, []).append(r.job.method)
-    lines += [f"{', '.join(methods)}: {note}." for note, methods in said.items()]
+            by_note.setdefault(note, []).append(r.job.method)
+    lines += [f"{', '.join(methods)}: {note}." for note, methods in by_note.items()]
     checks = [r.checks for r in first_of_method(rows) if r.checks]
     if checks:
         first, last = (max((c[i] for c in checks), key=lambda c: c.temp_error) for i in (0, -1))
@@ -114,7 +114,7 @@ def notes(rows: Sequence[PlanRow]) -> list[str]:
 
 
 def arithmetic(row: PlanRow) -> str:
-    """How one row comes about, term by term."""
+    """Return the arithmetic of one row, term by term."""
     job, at = row.job, row.at
     rest = at.peak_bytes - job.setting.weight_bytes - at.peak_cache_bytes - at.temp_bytes
     a_token = at.cache_bytes / job.model.num_layers / at.length
@@ -143,7 +143,7 @@ def arithmetic(row: PlanRow) -> str:
 
 
 def figure(rows: Sequence[PlanRow], path: Path) -> None:
-    """Peak memory against context, both logarithmic, a panel for each device with its memory as a line; PNG or SVG."""
+    """Draw peak memory against context, both axes logarithmic, a panel for each device with its memory as a line; PNG or SVG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -158,9 +158,9 @@ def figure(rows: Sequence[PlanRow], path: Path) -> None:
         _panel(axes, [r for r in rows if r.job.device.name == name])
     panels[0, 0].set_ylabel("peak memory of a device, GiB")
     lengths = sorted({r.at.length for r in rows})
-    shown = lengths if len(lengths) <= 8 else lengths[::2]
+    ticks = lengths if len(lengths) <= 8 else lengths[::2]
     for axes in panels[0]:
-        axes.set_xticks(shown, [_short(n) for n in shown])
+        axes.set_xticks(ticks, [_short(n) for n in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(LogLocator(base=2, numticks=12))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -176,7 +176,7 @@ def figure(rows: Sequence[PlanRow], path: Path) -> None:
 
 
 def _panel(axes, rows: Sequence[PlanRow]) -> None:
-    """Methods whose peaks agree within 1 % share a line."""
+    """Draw one panel; methods whose peaks agree within 1 % share a line."""
     curves: dict[str, list[PlanRow]] = {}
     for row in rows:
         curves.setdefault(row.job.method, []).append(row)
@@ -227,7 +227,7 @@ def _panel(axes, rows: Sequence[PlanRow]) -> None:
 
 
 def _short(tokens: int) -> str:
-    """8k, 1M where that is exact, else the number."""
+    """Return a length such as 8k or 1M where that is exact, else the number."""
     for unit, name in ((MIB, "M"), (1_024, "k")):
         if tokens % unit == 0:
             return f"{tokens // unit}{name}"

@@ -1,4 +1,4 @@
-"""Compile for GPUs that are not there: what XLA needs to know of each, and the compiled program with its memory plan.
+"""Compile for GPUs that are not installed: the facts that XLA needs of each, and the compiled program with its memory plan.
 
 XLA's GPU compiler runs on any x86_64 Linux machine with the wheels of the extra `plan`; its buffer assignment is the one that a run
 would have.  It says nothing about speed.  Its assembler, ptxas, is that of the wheels wherever they are installed: what a kernel
@@ -28,7 +28,7 @@ class GpuTarget:
     """One GPU, as XLA's GpuTargetConfigProto describes it.
 
     Attributes:
-      name: what the flag --target takes.
+      name: value of the flag --target.
       capability: compute capability, (major, minor).
       cores: streaming multiprocessors.
       fpus_per_core: float32 units of each.
@@ -37,7 +37,7 @@ class GpuTarget:
       bandwidth: of the memory, bytes a second, vendor's figure.
       l2_bytes: L2 cache.
       clock_ghz: boost clock.
-      memory_bytes: what the driver reports; read on the card for the H200, usual figures for the others.
+      memory_bytes: memory that the driver reports; read on the card for the H200, usual figures for the others.
       bf16_flops: dense bfloat16 operations a second, vendor's figure.
     """
 
@@ -56,7 +56,7 @@ class GpuTarget:
 
     @property
     def proto(self) -> str:
-        """The text form of XLA's GpuTargetConfigProto."""
+        """Return the text form of XLA's GpuTargetConfigProto."""
         return f"""gpu_device_info {{
           threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
           shared_memory_per_core: {self.shared_bytes} threads_per_core_limit: {self.threads_per_core}
@@ -85,7 +85,7 @@ TARGETS = {name: GpuTarget(name, *row) for name, row in _TABLE.items()}
 
 
 def gpu_target(name: str) -> GpuTarget:
-    """The target of this name.
+    """Return the target of this name.
 
     Raises:
       UserError: there is none; names the nearest.
@@ -120,7 +120,7 @@ def wheel_compiler() -> Path | None:
 
 @cache
 def compile_device(target: GpuTarget):
-    """A device that can be compiled for and not run on.
+    """Return a device that can be compiled for and not run on.
 
     Raises:
       UserError: the wheels of the extra `plan` are not installed, or do not load.
@@ -142,7 +142,7 @@ def compile_device(target: GpuTarget):
 
 
 def abstract(tree, target: GpuTarget | None = None):
-    """Shapes and dtypes of the arrays (or shapes) in `tree`, placed on the target; None: on this machine's own device."""
+    """Return the shapes and dtypes of the arrays (or shapes) in `tree`, placed on the target; None: on this machine's own device."""
     place = {} if target is None else {"sharding": SingleDeviceSharding(compile_device(target))}
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.result_type(x), **place), tree)
 
@@ -154,11 +154,11 @@ def compile_for(
     static: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
 ):
-    """A jitted program compiled for a target from shapes alone; no array is made.
+    """Compile a jitted program for a target from shapes; no array is made.
 
     Args:
       target: one of TARGETS; None: this machine's own device.
-      program: what `jax.jit` returned; its donated arguments stay donated.
+      program: result of `jax.jit`; its donated arguments stay donated.
       args: arrays, or anything with shape and dtype, in pytrees.
       static: static arguments by name.
       options: XLA's flags for this compilation, name -> value.

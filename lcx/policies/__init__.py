@@ -1,1 +1,1 @@
-"""Which tokens stay?  One file per method."""
+"""Policies: the tokens that stay.  One file per method."""

@@ -1,4 +1,4 @@
-"""The base of policies that forget: rank what is held and what is new, keep the best `budget`."""
+"""Base of the policies that forget: rank held and new tokens, keep the best `budget`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_budget(method: str, budget: int, least: int = 1) -> None:
 
 
 class Evict(Policy):
-    """Keeps the `budget` tokens with the highest score per KV head, deciding after every step.
+    """Policy that keeps the `budget` tokens with the highest score per KV head and decides after every step.
 
     A method overrides `score`; `update` as well if it keeps per-slot state.  Ties keep the lower slot within a step of many tokens.
 
@@ -51,7 +51,7 @@ class Evict(Policy):
         raise NotImplementedError
 
     def budget_of(self, ctx) -> jax.Array:
-        """The budget, int32 []: of the recipe, or the number that the program was given."""
+        """Return the budget, int32 []: that of the recipe, or the number that the program was given."""
         return jnp.asarray(ctx.data.get("budget", self.budget), jnp.int32)
 
     def program(self):
@@ -80,7 +80,7 @@ class Evict(Policy):
 
 
 def _destinations(held_score: jax.Array, new_score: jax.Array, budget: jax.Array, low, high) -> jax.Array:
-    """Slot of every new token, S for those that are dropped; free slots are handed out lowest first, and only the first `budget` used."""
+    """Return the slot of every new token, S for dropped ones; free slots are handed out lowest first, among the first `budget`."""
     S, N = held_score.shape[-1], new_score.shape[-1]
     if N == 1:
         # an empty slot has the lowest score of all; slots behind the budget are never given away

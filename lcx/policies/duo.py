@@ -8,7 +8,7 @@ from lcx.segments import Segment
 
 
 def duo(sink: int = 64, window: int = 256, codec: Codec | None = None) -> tuple[Segment, Segment]:
-    """The two segments of DuoAttention, arXiv:2410.10819, section 3.3; `HeadSplit` says which heads they hold.
+    """Return the two segments of DuoAttention, arXiv:2410.10819, section 3.3; `HeadSplit` says which heads they hold.
 
     Each step attends first and forgets afterwards, as the authors' prefill does: one token at a time the window is exact, in
     chunks it is up to a chunk longer, and a prompt in one step is read densely.  Exact when no head streams, and while

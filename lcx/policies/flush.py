@@ -14,7 +14,7 @@ from lcx.policies.base import check_tokens
 
 @dataclass(frozen=True)
 class Flush(Policy):
-    """Keeps the newest tokens and hands down the oldest in whole pages, once `keep + page` are there.
+    """Policy that keeps the newest tokens and hands down the oldest in whole pages, once it holds `keep + page`.
 
     The first segment of a chain whose next one encodes pages.  It holds keep ... keep + page - 1 tokens after a step.
 
@@ -53,11 +53,11 @@ class Flush(Policy):
         flushed = jnp.maximum(0, (count - self.keep) // self.page) * self.page
 
         def take(place):
-            """The tokens at these places of the text order; EMPTY where `place` is past the end."""
+            """Return the tokens at these places of the text order; EMPTY where `place` is past the end."""
             src = jnp.take_along_axis(order, jnp.minimum(place, S + T - 1), -1)
             wide = jnp.broadcast_to(src, (src.shape[0], k.shape[1], src.shape[2]))[..., None]
-            here = jnp.where(place < count, jnp.take_along_axis(pos, src, -1), EMPTY)
-            return Tokens(jnp.take_along_axis(k, wide, 2), jnp.take_along_axis(v, wide, 2), here)
+            taken = jnp.where(place < count, jnp.take_along_axis(pos, src, -1), EMPTY)
+            return Tokens(jnp.take_along_axis(k, wide, 2), jnp.take_along_axis(v, wide, 2), taken)
 
         stay = Edit(jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (1, 1, S)), take(flushed + jnp.arange(S)))
         width = self.handed(S + T)

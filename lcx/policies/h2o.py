@@ -12,7 +12,7 @@ from lcx.policies.base import Evict, check_budget
 
 @dataclass(frozen=True)
 class H2O(Evict):
-    """Keeps the tokens with the most attention so far, and the most recent ones: half of the budget each.
+    """Policy that keeps the tokens with the most attention so far, and the most recent ones: half of the budget each.
 
     H2O, Zhang et al. 2023, arXiv:2306.14048, section 4.  The score is the plain sum of attention probabilities over all queries of
     prefill and decode, not divided by how many queries saw the token.  Differs: the mean over a GQA group decides, one set per KV

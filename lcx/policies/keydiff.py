@@ -1,4 +1,4 @@
-"""KeyDiff: keys that point elsewhere than the others are the ones to keep."""
+"""KeyDiff: keep the keys that point elsewhere than the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TINY = 1e-12  # least length of a key or of the anchor, against a division by 0
 
 @dataclass(frozen=True)
 class KeyDiff(Evict):
-    """Keeps the tokens whose keys are least like the mean direction of all keys, one set per KV head, after every step.
+    """Policy that keeps the tokens whose keys are least like the mean direction of all keys, one set per KV head, after every step.
 
     KeyDiff, Park et al. 2025, arXiv:2504.15364, section 3: the score is minus the cosine between a key (after RoPE) and the anchor,
     the mean of the keys after each is scaled to length 1; the anchor is taken anew over what is held and what is new at each choice.
@@ -47,6 +47,6 @@ class KeyDiff(Evict):
 
 
 def _unit(k, pos):
-    """Keys [B,R,N,D] scaled to length 1, float32; 0 where there is no token."""
+    """Return the keys [B,R,N,D] scaled to length 1, float32; 0 where there is no token."""
     k = jnp.where((pos != EMPTY)[..., None], k.astype(jnp.float32), 0.0)
     return k / jnp.maximum(jnp.linalg.norm(k, axis=-1, keepdims=True), TINY)

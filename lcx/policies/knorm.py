@@ -12,7 +12,7 @@ from lcx.policies.base import check_budget
 
 @dataclass(frozen=True)
 class KNorm(Compress):
-    """Keeps the tokens whose keys have the smallest L2 norm, per KV head, once at the end of the prompt.
+    """Choice of the tokens whose keys have the smallest L2 norm, per KV head, once at the end of the prompt.
 
     Devoto et al. 2024, arXiv:2406.11430, section 3, as NVIDIA/kvpress runs it: dense prefill, nothing protected.  RoPE does not change
     norms.  Exact while the prompt is within the budget.

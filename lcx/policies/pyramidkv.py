@@ -16,7 +16,7 @@ RULES = ("authors", "kvpress")
 
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
-    """Keeps of each layer its own share of the budget, chosen by SnapKV's votes, once at the end of the prompt.
+    """Choice of tokens by SnapKV's votes with a budget per layer, once at the end of the prompt.
 
     PyramidKV, Cai et al. 2024, arXiv:2406.02069, section 4.2: with b tokens to select on average the last layer selects b / beta and the
     first 2 b - b / beta, in equal steps between; window 32, kernel 5 and beta 20 of the authors' runs, budget 2,048.  rule="authors"
@@ -71,7 +71,7 @@ class PyramidKV(SnapKV):
 
 @lru_cache
 def _plain(method: PyramidKV) -> int:
-    """Tokens that the layer keeps of a prompt that is long enough for the whole pyramid."""
+    """Return the number of tokens that the layer keeps of a prompt long enough for the whole pyramid."""
     steps = max(1, method.num_layers - 1)
     if method.rule == "kvpress":
         most = 2 * method.budget - method.budget / method.beta
@@ -82,7 +82,7 @@ def _plain(method: PyramidKV) -> int:
 
 
 def _kept(method: PyramidKV, length, budget, layer, plain, np):
-    """Tokens that a layer keeps of prompts of `length` tokens; `np`: numpy or jax.numpy."""
+    """Return the number of tokens that a layer keeps of prompts of `length` tokens; `np`: numpy or jax.numpy."""
     steps, window = max(1, method.num_layers - 1), method.window
     if method.rule == "kvpress":
         # times beta, so that b / beta is a whole number
@@ -102,7 +102,7 @@ def _kept(method: PyramidKV, length, budget, layer, plain, np):
 
 
 def _round_half_even(numerator, denominator: int, np):
-    """The fraction, rounded as Python and numpy do, in whole numbers."""
+    """Round the fraction as Python and numpy do, in whole numbers."""
     whole, rest = numerator // denominator, numerator % denominator
     up = (2 * rest > denominator) | ((2 * rest == denominator) & (whole % 2 == 1))
     return whole + np.where(up, 1, 0)

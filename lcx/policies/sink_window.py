@@ -12,7 +12,7 @@ from lcx.policies.base import Evict, check_budget, check_tokens
 
 @dataclass(frozen=True)
 class SinkWindow(Evict):
-    """Keeps the first `sink` and the last `window` tokens.  Equals dense attention while sink + window covers the context.
+    """Policy that keeps the first `sink` and the last `window` tokens.  Equals dense attention while sink + window covers the context.
 
     StreamingLLM, arXiv:2309.17453, section 3.2: 4 sinks.  Decides after each step, so the tokens of a step see one another whole:
     with prefill in one shot the prompt is attended densely and cut afterwards, token by token it is the exact window.

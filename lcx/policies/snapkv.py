@@ -15,7 +15,7 @@ from lcx.policies.base import check_budget, check_tokens
 
 @dataclass(frozen=True)
 class SnapKV(Compress):
-    """Keeps the observation window and the tokens that its queries attend to, smoothed over neighbours.
+    """Choice of the observation window and of the tokens that its queries attend to, smoothed over neighbours.
 
     SnapKV, Li et al. 2024, arXiv:2404.14469, section 4; defaults of the authors' class, with budget 1,024 of their LongBench runs.
     Prefill is dense; the cut happens once, at the end of the prompt; decode appends.  Differs: the mean over a GQA group decides, one
@@ -59,7 +59,7 @@ class SnapKV(Compress):
         return jnp.where(in_window, BIG, smooth)
 
     def _pool(self, votes):
-        """Votes [B,R,G,S] smoothed over `kernel` neighbours."""
+        """Smooth votes [B,R,G,S] over `kernel` neighbours."""
         width, stride = (1, 1, 1, self.kernel), (1, 1, 1, 1)
         if self.pooling == "avg":
             return lax.reduce_window(votes, 0.0, lax.add, width, stride, "SAME") / self.kernel

@@ -1,4 +1,4 @@
-"""TOVA: what the last query attends to."""
+"""TOVA: keep the tokens that the last query attends to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lcx.policies.base import Evict, check_budget
 
 @dataclass(frozen=True)
 class TOVA(Evict):
-    """Keeps the tokens with the highest attention from the last query, one set for the whole layer.
+    """Policy that keeps the tokens with the highest attention from the last query, one set for the whole layer.
 
     TOVA, Oren et al. 2024, arXiv:2401.06104, section 3: the attention of the last query, averaged over all query heads; after every
     step.  Nothing is protected, not even the newest token.

@@ -12,7 +12,7 @@ _LIST = flags.DEFINE_bool("list", False, "Print the models by name, with size, l
 
 
 def table() -> str:
-    """One line a model."""
+    """Return a table of the models, a line each."""
     rows = [("name", "parameters", "file bytes", "licence", "from", "installed")]
     for name, model in MODELS.items():
         installed = "yes" if is_installed(name) else f"no: {model.install}"

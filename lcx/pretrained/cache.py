@@ -30,7 +30,7 @@ NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.
 
 
 def folder() -> Path:
-    """$LCX_CACHE, else $XDG_CACHE_HOME/lcx, else ~/.cache/lcx.  It need not exist yet."""
+    """Return the cache folder: $LCX_CACHE, else $XDG_CACHE_HOME/lcx, else ~/.cache/lcx.  It need not exist yet."""
     if os.environ.get("LCX_CACHE"):
         return Path(os.environ["LCX_CACHE"])
     if os.environ.get("XDG_CACHE_HOME"):
@@ -39,13 +39,13 @@ def folder() -> Path:
 
 
 def file_of(sha256: str, dtype: str) -> Path:
-    """Where the converted weights of a source file lie, whether they are there or not."""
+    """Return the path of the converted weights of a source file, whether the file exists or not."""
     return folder() / f"{sha256}-v{FORMAT}-{dtype}.safetensors"
 
 
 @contextmanager
 def new_file(target: Path):
-    """Yields a temporary path beside `target`; renames it to `target` when the block ends without an error.
+    """Yield a temporary path beside `target`, and rename it to `target` when the block ends without an error.
 
     The folder is made with mode 0700, the file has mode 0600.
 
@@ -69,7 +69,7 @@ def new_file(target: Path):
 
 
 def load(sha256: str, dtype: str, config: ModelConfig) -> dict[str, np.ndarray] | None:
-    """The cached arrays as read-only views over mmap, or None where there is no sound file."""
+    """Return the cached arrays as read-only views over mmap, or None where there is no sound file."""
     path = file_of(sha256, dtype)
     if not path.exists():
         return None
@@ -80,15 +80,15 @@ def load(sha256: str, dtype: str, config: ModelConfig) -> dict[str, np.ndarray] 
         return None
     kind = "F32" if dtype == "float32" else "BF16"
     wanted = {name: (kind, shape) for name, shape in param_shapes(config).items()}
-    found = {name: entry[:2] for name, entry in file.entries.items()}
-    if found != wanted or file.metadata.get("config") != _config_json(config):
+    stored = {name: entry[:2] for name, entry in file.entries.items()}
+    if stored != wanted or file.metadata.get("config") != _config_json(config):
         logging.warning("cache file of another model is rebuilt: %s", path)
         return None
     return {name: file.values(name) for name in wanted}
 
 
 def store(sha256: str, dtype: str, config: ModelConfig, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the arrays; a folder that cannot be written costs a warning, never the load."""
+    """Write the arrays; a folder that cannot be written costs a warning, never the load."""
     path = file_of(sha256, dtype)
     try:
         with new_file(path) as temporary:

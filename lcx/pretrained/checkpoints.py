@@ -39,7 +39,7 @@ GGUF_LAYER = {
     "down": ("blk.{}.ffn_down.weight",),
     "post_mlp_norm": ("blk.{}.post_ffw_norm.weight",),
 }
-# Phi-3 stores what lcx joins already joined
+# Phi-3 stores the matrices already joined, as lcx wants them
 GGUF_LAYER_PHI3 = GGUF_LAYER | {"qkv": ("blk.{}.attn_qkv.weight",), "gate_up": ("blk.{}.ffn_up.weight",)}
 GGUF_TOP = {"embed": "token_embd.weight", "norm": "output_norm.weight", "lm_head": "output.weight"}
 HF_LAYER = {
@@ -69,7 +69,7 @@ HF_TOP = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "lm
 
 @dataclass(frozen=True)
 class Stored:
-    """One stored array: shape in numpy's order, type, and how to get its values."""
+    """Stored array: shape in numpy's order, type, and a function that gets its values."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -86,7 +86,7 @@ class Part:
 
 
 def unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of a q or k matrix from interleaved RoPE pairs (2i, 2i+1) to half-split pairs (i, i + D/2).
+    """Reorder rows of a q or k matrix from interleaved RoPE pairs (2i, 2i+1) to half-split pairs (i, i + D/2).
 
     Args:
       rows: [num_heads * D, ...], as GGUF files of arch llama store them.
@@ -99,7 +99,7 @@ def unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def _parts(config: ModelConfig, layer_names: Mapping[str, tuple[str, ...]], top: Mapping[str, str], permuted: bool):
-    """Native name -> the stored parts that lie side by side in it."""
+    """Return native name -> the stored parts that lie side by side in its array."""
     c = config
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     # columns of the native array that each part fills
@@ -122,18 +122,18 @@ def _parts(config: ModelConfig, layer_names: Mapping[str, tuple[str, ...]], top:
 
 
 def _check(path: str, parts: Mapping[str, list[Part]], stored: Mapping[str, Stored], dtypes, ignored: Set[str]) -> None:
-    """Raises CheckpointMismatch with every missing, misshaped, mistyped and unknown array."""
+    """Raise CheckpointMismatch with every missing, misshaped, mistyped and unknown array."""
     problems = []
     wanted = [part for group in parts.values() for part in group]
     for part in wanted:
-        found = stored.get(part.name)
-        if found is None:
+        array = stored.get(part.name)
+        if array is None:
             problems.append(f"{part.name} is missing")
             continue
-        if found.shape != part.shape:
-            problems.append(f"{part.name} has shape {found.shape}, its config asks for {part.shape}")
-        if found.dtype not in dtypes:
-            problems.append(f"{part.name} has type {found.dtype}, which lcx does not read")
+        if array.shape != part.shape:
+            problems.append(f"{part.name} has shape {array.shape}, its config asks for {part.shape}")
+        if array.dtype not in dtypes:
+            problems.append(f"{part.name} has type {array.dtype}, which lcx does not read")
     unknown = set(stored) - {part.name for part in wanted} - ignored
     problems += [f"{name[:80]!r} is in the file but not in the model" for name in sorted(unknown)]
     if problems:
@@ -143,7 +143,7 @@ def _check(path: str, parts: Mapping[str, list[Part]], stored: Mapping[str, Stor
 def _convert(
     parts: Mapping[str, list[Part]], stored: Mapping[str, Stored], config: ModelConfig, dtype: str, shift: bool
 ):
-    """Reads, un-permutes, transposes and joins.  `shift`: norm weights are stored minus 1."""
+    """Read, un-permute, transpose and join the parts of an array.  `shift`: norm weights are stored minus 1."""
     arrays = {}
     for native, shape in param_shapes(config).items():
         out = np.empty(shape, cache.NUMPY_DTYPES[dtype])
@@ -165,7 +165,7 @@ def _convert(
 
 
 def load_gguf(path: str | Path, dtype: str = "float32") -> tuple[ModelConfig, dict[str, np.ndarray], GGUFFile, str]:
-    """Config and native arrays of a GGUF file, from the cache where they are there, else put there.
+    """Return config and native arrays of a GGUF file, from the cache where it has them, else added to it.
 
     Args:
       path: a file of arch llama, qwen2, qwen3, phi3 or gemma3.
@@ -191,7 +191,7 @@ def load_gguf(path: str | Path, dtype: str = "float32") -> tuple[ModelConfig, di
 
 
 def plan_gguf(file: GGUFFile) -> tuple[ModelConfig, dict[str, list[Part]]]:
-    """Config of a GGUF file and where its arrays come from, names, shapes and types checked.  Raises as `load_gguf`."""
+    """Return the config of a GGUF file and the parts of its arrays, names, shapes and types checked.  Raises as `load_gguf`."""
     config = config_from_gguf(file)
     # converters permute q and k of this architecture only
     permuted = file.fields["general.architecture"] == "llama"
@@ -209,7 +209,7 @@ def _gguf_stored(file: GGUFFile) -> dict[str, Stored]:
 
 
 def load_hf(path: str | Path, dtype: str = "float32") -> tuple[ModelConfig, dict[str, np.ndarray], str]:
-    """Config and native arrays of a local folder in Hugging Face layout.
+    """Return config and native arrays of a local folder in Hugging Face layout.
 
     Args:
       path: has config.json, and model.safetensors or model.safetensors.index.json with its shards.
@@ -250,7 +250,7 @@ def load_hf(path: str | Path, dtype: str = "float32") -> tuple[ModelConfig, dict
 
 
 def _has_own_head(stored: Mapping[str, Stored]) -> bool:
-    """True where the file's lm_head is not its embedding; then the file's is used, whatever tie_word_embeddings says."""
+    """Return True where the file's lm_head is not its embedding; then the file's is used, whatever tie_word_embeddings says."""
     embed, head = (stored.get(HF_TOP[name]) for name in ("embed", "lm_head"))
     if embed is None or head is None or head.dtype not in DTYPES or embed.dtype not in DTYPES:
         return False
@@ -282,7 +282,7 @@ def _weight_files(path: Path) -> list[SafetensorsFile]:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file that holds a mapping.
+    """Return the mapping that a JSON file holds.
 
     Raises:
       CheckpointFormatError: no such file, too long, not JSON, or not a mapping.

@@ -9,7 +9,7 @@ PATH = 80  # characters of a path that are kept where the text is longer
 
 
 def one_line(text: str) -> str:
-    """`text` on one line of at most MOST characters: a long path before the first ": " loses its beginning, then the text its end."""
+    """Return `text` on one line of at most MOST characters: the path before the first ": " loses its beginning, then the text its end."""
     text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     if len(text) > MOST:
         path, colon, problem = text.partition(": ")
@@ -30,15 +30,15 @@ class CheckpointFormatError(LoadError):
 
 
 class CheckpointMismatch(LoadError):
-    """Stored weights do not fit their config.  `problems` lists all of them, the message as many as have room."""
+    """Mismatch of stored weights and their config.  `problems` lists all of them, the message as many as have room."""
 
     def __init__(self, path: str, problems: list[str]):
-        shown, room = [], MOST - min(len(path), PATH) - 60
+        listed, room = [], MOST - min(len(path), PATH) - 60
         for problem in problems:
             room -= len(problem) + 2
-            if shown and room < 0:
+            if listed and room < 0:
                 break
-            shown.append(problem)
-        rest = f"; and {len(problems) - len(shown)} more" if len(shown) < len(problems) else ""
-        super().__init__(f"{path}: {len(problems)} problem(s) with its weights: {'; '.join(shown)}{rest}")
+            listed.append(problem)
+        rest = f"; and {len(problems) - len(listed)} more" if len(listed) < len(problems) else ""
+        super().__init__(f"{path}: {len(problems)} problem(s) with its weights: {'; '.join(listed)}{rest}")
         self.problems = tuple(problems)

@@ -1,4 +1,4 @@
-"""Model families by their names in files: those that lcx loads, and why it refuses the others.  README's table is made from FAMILIES."""
+"""Model families by their names in files: loaded ones, and refused ones with the reason.  README's table is made from FAMILIES."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def check_architecture(key: str, name: str, path: str) -> None:
 
 
 def table() -> str:
-    """README's table of model families, in Markdown; families that are refused for one reason share a row."""
+    """Return README's table of model families, in Markdown; families that are refused for one reason share a row."""
     rows = ["| checkpoints | architecture | loads | tested |", "| --- | --- | --- | --- |"]
     rows += [f"| {f.checkpoints} | `{f.hf}` | yes | {f.tested} |" for f in FAMILIES if f.refused is None]
     for reason in dict.fromkeys(f.refused for f in FAMILIES if f.refused is not None):

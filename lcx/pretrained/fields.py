@@ -55,7 +55,7 @@ class Fields:
         return value
 
     def section(self, key: str) -> Fields:
-        """A nested mapping; empty where the key is absent or null."""
+        """Return a nested mapping; an empty one where the key is absent or null."""
         value = self.values.get(key)
         if value is None:
             value = {}
@@ -64,14 +64,14 @@ class Fields:
         return Fields({f"{key}.{name}": inner for name, inner in value.items()}, self.path)
 
     def refuse(self, key: str, allowed: tuple[object, ...] = ()) -> None:
-        """Raises unless the key is absent, null or one of the allowed values."""
+        """Raise CheckpointFormatError unless the key is absent, null or one of the allowed values."""
         value = self.values.get(key)
         # numpy arrays have no truth value, so `in` is for plain values only
         if value is not None and not (isinstance(value, (bool, int, float, str)) and value in allowed):
             raise self.fail(key, " or ".join(repr(value) for value in allowed) or "none: lcx does not compute it")
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of `count` numbers above 0."""
+        """Return a list of `count` numbers above 0."""
         value = self.values.get(key)
         if not isinstance(value, list) or len(value) != count:
             raise self.fail(key, f"a list of {count} numbers")

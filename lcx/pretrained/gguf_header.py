@@ -41,7 +41,7 @@ SCALARS = {
     11: np.dtype("<i8"),
     12: np.dtype("<f8"),
 }
-# what gguf.dequantize 0.19.0 reads
+# types that gguf.dequantize 0.19.0 reads
 READABLE = frozenset(
     "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K TQ1_0 TQ2_0 MXFP4 NVFP4 "
     "IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S IQ1_M IQ4_NL IQ4_XS".split()
@@ -50,7 +50,7 @@ READABLE = frozenset(
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies.  `shape` is numpy's order (out, in); `offset` is from the start of the file, in bytes."""
+    """Place of a tensor in the file.  `shape` is numpy's order (out, in); `offset` is from the start of the file, in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ class GGUFFile:
     buffer: mmap.mmap | bytes
 
     def values(self, name: str) -> np.ndarray:
-        """Dequantised float32 values of one tensor, in numpy's order (out, in).
+        """Return dequantised float32 values of one tensor, in numpy's order (out, in).
 
         Raises:
           CheckpointFormatError: the tensor's type has no dequantiser.
@@ -90,7 +90,7 @@ class GGUFFile:
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
-    """Maps a GGUF file and reads its header.
+    """Map a GGUF file and read its header.
 
     Raises:
       CheckpointFormatError: no such file, or a header that breaks a rule or a limit.
@@ -104,7 +104,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
 
 
 def parse(buffer: mmap.mmap | bytes, path: str = "<bytes>") -> GGUFFile:
-    """Reads the header of a GGUF file that lies in memory.  Raises as `open_gguf` does."""
+    """Parse the header of a GGUF file that lies in memory.  Raises as `open_gguf` does."""
     return _Parser(buffer, path).file()
 
 
@@ -233,7 +233,7 @@ class _Parser:
         return GGUFFile(self.path, version, fields, self.place(infos, alignment), self.buffer)
 
     def tensor(self, name: str, alignment: int) -> TensorInfo:
-        """One row of the tensor table; the offset is still relative to the data section."""
+        """Read one row of the tensor table; the offset is still relative to the data section."""
         start = self.at
         num_dims = self.unpack(_U32)
         if not 1 <= num_dims <= MAX_DIMS:
@@ -262,7 +262,7 @@ class _Parser:
         return TensorInfo(name, tuple(reversed(dims)), kind, offset, nbytes)
 
     def place(self, infos: dict[str, TensorInfo], alignment: int) -> dict[str, TensorInfo]:
-        """Makes offsets absolute; refuses tensors outside the file or on top of one another."""
+        """Make offsets absolute; refuse tensors outside the file or on top of one another."""
         base = -(-self.at // alignment) * alignment
         end = base
         for info in sorted(infos.values(), key=lambda info: info.offset):

@@ -21,7 +21,7 @@ GEMMA3_WINDOW = 512
 GEMMA3_LOCAL_BASE = 10_000.0
 # llama.cpp tells Gemma 3 27B, whose scale is not head_dim ** -0.5, by its number of layers
 GEMMA3_27B_LAYERS = 62
-# what transformers takes where config.json lacks the key
+# values that transformers takes where config.json lacks the key
 DEFAULT_WINDOW = {"MistralForCausalLM": 4_096, "Qwen2ForCausalLM": 4_096, "Qwen3ForCausalLM": 4_096}
 DEFAULT_FULL_LAYERS = 28  # max_window_layers of Qwen2 and Qwen3
 
@@ -45,7 +45,7 @@ def _build(path: str, **values) -> ModelConfig:
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:
-    """ModelConfig of a GGUF file of arch llama, qwen2, qwen3, phi3 or gemma3.
+    """Return the ModelConfig of a GGUF file of arch llama, qwen2, qwen3, phi3 or gemma3.
 
     Raises:
       CheckpointFormatError: a key is missing, of the wrong type, or asks for what lcx does not compute.
@@ -74,7 +74,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         "vocab_size": _gguf_vocab_size(file, f, arch),
         "norm_eps": f.number(f"{arch}.attention.layer_norm_rms_epsilon"),
         "tied": "output.weight" not in file.tensors,
-        # a bias is there where its tensors are, as in llama.cpp
+        # a layer has a bias where the file has its tensors, as in llama.cpp
         "qkv_bias": arch == "qwen2" or "blk.0.attn_q.bias" in file.tensors,
         "o_bias": "blk.0.attn_output.bias" in file.tensors,
         "qk_norm": arch in ("qwen3", "gemma3"),
@@ -119,7 +119,7 @@ def _gguf_vocab_size(file: GGUFFile, f: Fields, arch: str) -> int:
 
 
 def config_from_hf(raw: Mapping[str, object], path: str) -> ModelConfig:
-    """ModelConfig of a Hugging Face config.json.
+    """Return the ModelConfig of a Hugging Face config.json.
 
     Args:
       raw: the parsed file.
@@ -172,7 +172,7 @@ def config_from_hf(raw: Mapping[str, object], path: str) -> ModelConfig:
 
 
 def _attention_bias(f: Fields, arch: str) -> bool:
-    """True for biases on q, k, v and o.  Qwen2 has its own on q, k and v whatever the key says."""
+    """Return True for biases on q, k, v and o.  Qwen2 has its own on q, k and v whatever the key says."""
     if arch in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
         return f.boolean("attention_bias", False)
     f.refuse("attention_bias", (True, False) if arch == "Qwen2ForCausalLM" else (False,))
@@ -191,7 +191,7 @@ def _hf_gemma3(f: Fields, num_layers: int) -> dict[str, object]:
 
 
 def _hf_window(f: Fields, arch: str, num_layers: int, context: int) -> dict[str, object]:
-    """`window` and `local_layers`.  A window that the context does not exceed is none."""
+    """Return `window` and `local_layers`.  A window of at least the context is dropped."""
     given = f.values.get("sliding_window", DEFAULT_WINDOW.get(arch))
     if arch in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         kinds = _layer_types(f, num_layers)
@@ -223,7 +223,7 @@ def _hf_window(f: Fields, arch: str, num_layers: int, context: int) -> dict[str,
 
 
 def _layer_types(f: Fields, num_layers: int) -> tuple[bool, ...] | None:
-    """True for each layer that slides; None where the file has no list."""
+    """Return True for each layer that slides; None where the file has no list."""
     kinds = f.values.get("layer_types")
     if kinds is None:
         return None
@@ -234,11 +234,11 @@ def _layer_types(f: Fields, num_layers: int) -> tuple[bool, ...] | None:
 
 
 def _hf_rope(f: Fields, arch: str, head_dim: int, context: int) -> dict[str, object]:
-    """RoPE from `rope_theta` + `rope_scaling` (older files) or `rope_parameters` (newer ones)."""
+    """Return the RoPE of `rope_theta` + `rope_scaling` (older files) or `rope_parameters` (newer ones)."""
     key = "rope_parameters" if f.has("rope_parameters") else "rope_scaling"
     scaling = f.section(key)
     if key == "rope_parameters" and f.section("rope_scaling").values:
-        # transformers takes rope_scaling and drops the other with its rope_theta; which of them is meant is not known
+        # transformers takes rope_scaling and drops the other with its rope_theta; the file does not say which of the two is valid
         raise f.fail("rope_scaling", "none beside rope_parameters")
     if arch != "Gemma3ForCausalLM":
         for kind in ("full_attention", "sliding_attention"):
@@ -246,11 +246,11 @@ def _hf_rope(f: Fields, arch: str, head_dim: int, context: int) -> dict[str, obj
         settings = hf_rope(f, scaling, key, head_dim, context, 10_000.0, arch == "Phi3ForCausalLM")
         return dict(model_values(settings, context))
     local = scaling.section(f"{key}.sliding_attention")
-    found = Rope(base=f.number("rope_local_base_freq", GEMMA3_LOCAL_BASE))
+    rope_local = Rope(base=f.number("rope_local_base_freq", GEMMA3_LOCAL_BASE))
     if local.values:
         local.refuse(f"{key}.sliding_attention.rope_type", ("default",))
-        found = Rope(base=local.number(f"{key}.sliding_attention.rope_theta"))
+        rope_local = Rope(base=local.number(f"{key}.sliding_attention.rope_theta"))
         key = f"{key}.full_attention"
         scaling = scaling.section(key)
     settings = hf_rope(f, scaling, key, head_dim, context, 1_000_000.0)
-    return {**model_values(settings, context), "rope_local": found}
+    return {**model_values(settings, context), "rope_local": rope_local}

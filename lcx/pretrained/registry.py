@@ -89,7 +89,7 @@ class Checkpoint:
 
 
 def load_arrays(name: str, dtype: str = "float32", accept_licence: bool = False) -> Checkpoint:
-    """Loads a model's config, weights and tokenizer.
+    """Load a model's config, weights and tokenizer.
 
     Args:
       name: a name of MODELS, a GGUF file, a folder in Hugging Face layout, or a hub id `org/name` (needs lcx[hub]).
@@ -106,49 +106,49 @@ def load_arrays(name: str, dtype: str = "float32", accept_licence: bool = False)
         path = Path(name).expanduser()
         is_dir, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
-        raise LoadError(f"model={shown(name)}: {error.strerror if isinstance(error, OSError) else error}") from None
+        raise LoadError(f"model={printable(name)}: {error.strerror if isinstance(error, OSError) else error}") from None
     # Path("") is the current folder
     if name and is_dir:
         return _load_folder(path, dtype, name)
     if is_file:
         return _load_file(path, dtype, name, None)
     if path.suffix == ".gguf" or name.startswith(("/", ".", "~")):
-        raise LoadError(f"model={shown(name)}: no such file or folder")
+        raise LoadError(f"model={printable(name)}: no such file or folder")
     if HUB_ID.fullmatch(name):
         return _load_folder(_download(name), dtype, name)
     raise LoadError(
-        f"model={shown(name)}; allowed are {', '.join(MODELS)}, a GGUF file, a folder, or a hub id org/name"
+        f"model={printable(name)}; allowed are {', '.join(MODELS)}, a GGUF file, a folder, or a hub id org/name"
         f"{nearest(name, MODELS)}"
     )
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     return repr(name if len(name) <= 80 else f"{name[:40]}...{name[-37:]}")
 
 
 def is_installed(name: str) -> bool:
-    """Whether the packages of a registered model are there; their content is not checked."""
+    """Return True where the packages of a registered model are installed; their content is not checked."""
     return all(path is not None and path.is_file() for path in located(MODELS[name]))
 
 
 def located(model: Model) -> list[Path | None]:
-    """Where the files of a registered model lie, None for those of a package that is not installed."""
-    found: list[Path | None] = []
+    """Return the paths of a registered model's files, None for those of a package that is not installed."""
+    paths: list[Path | None] = []
     for package, file in model.files:
         try:
-            found.append(Path(str(importlib.metadata.distribution(package).locate_file(file))))
+            paths.append(Path(str(importlib.metadata.distribution(package).locate_file(file))))
         except importlib.metadata.PackageNotFoundError:
-            found.append(None)
-    return found
+            paths.append(None)
+    return paths
 
 
 def _registered(name: str, accept_licence: bool) -> Path:
-    """The one file of a registered model, checked against its sha256; parts are joined in the cache folder first."""
+    """Return the one file of a registered model, checked against its sha256; parts are joined in the cache folder first."""
     model = MODELS[name]
     if model.terms and not accept_licence:
-        raise LoadError(f"model={shown(name)} has terms of use: read {model.terms}, then pass accept_licence=True")
+        raise LoadError(f"model={printable(name)} has terms of use: read {model.terms}, then pass accept_licence=True")
     if not is_installed(name):
-        raise LoadError(f"model={shown(name)} is not installed; run: {model.install}")
+        raise LoadError(f"model={printable(name)} is not installed; run: {model.install}")
     parts = [path for path in located(model) if path is not None]
     if len(parts) == 1:
         path, remedy = parts[0], f"install it again: {model.install}"
@@ -157,9 +157,9 @@ def _registered(name: str, accept_licence: bool) -> Path:
         remedy = f"remove it; if that does not help, install it again: {model.install}"
         if not path.is_file() or path.stat().st_size != model.num_bytes:
             _join(parts, path, name)
-    found = _sha256(path)
-    if found != model.sha256:
-        raise LoadError(f"model={shown(name)}: {path} has sha256 {found}, not {model.sha256}; {remedy}")
+    digest = _sha256(path)
+    if digest != model.sha256:
+        raise LoadError(f"model={printable(name)}: {path} has sha256 {digest}, not {model.sha256}; {remedy}")
     return path
 
 
@@ -170,7 +170,7 @@ def _join(parts: list[Path], target: Path, name: str) -> None:
                 out.write(part.read_bytes())
     except OSError as error:
         raise LoadError(
-            f"model={shown(name)}: {target} cannot be written: {error.strerror}; set LCX_CACHE to a folder"
+            f"model={printable(name)}: {target} cannot be written: {error.strerror}; set LCX_CACHE to a folder"
         ) from None
 
 
@@ -182,7 +182,7 @@ def _load_file(path: Path, dtype: str, name: str, licence: str | None) -> Checkp
 
 
 def _load_folder(path: Path, dtype: str, name: str) -> Checkpoint:
-    # a family that lcx does not load is said before anything else of it
+    # a family that lcx does not load is refused before anything else is checked
     config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
     beside = [path / f"{file}.json" for file in ("tokenizer_config", "config", "generation_config")]
     tokenizer = Tokenizer.from_json(
@@ -198,14 +198,14 @@ def _download(name: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError:
         raise LoadError(
-            f"model={shown(name)} is a hub id, which needs huggingface_hub; run: pip install 'lcx[hub]'"
+            f"model={printable(name)} is a hub id, which needs huggingface_hub; run: pip install 'lcx[hub]'"
         ) from None
     try:
         # data only: no pickles, no code
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LoadError(f"model={shown(name)} cannot be downloaded: {reason[:200]}") from None
+        raise LoadError(f"model={printable(name)} cannot be downloaded: {reason[:200]}") from None
 
 
 def _sha256(path: Path) -> str:

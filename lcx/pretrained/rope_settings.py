@@ -22,7 +22,7 @@ BETA_FAST, BETA_SLOW = 32.0, 1.0  # YaRN, arXiv:2309.00071, section 3.2
 
 @dataclass(frozen=True)
 class RopeSettings:
-    """RoPE of a model: up to `limit` tokens and beyond, and the context that the scaling reaches (0: what the file says)."""
+    """RoPE of a model: up to `limit` tokens and beyond, and the context that the scaling reaches (0: that of the file)."""
 
     rope: Rope
     limit: int | None = None
@@ -40,7 +40,7 @@ def _rope(path: str, **values) -> Rope:
 def yarn_divisors(
     base: float, pairs: int, factor: float, trained: int, fast: float, slow: float, truncate: bool = True
 ):
-    """YaRN's divisors: `factor` for pairs that turn less than `slow` times in `trained` tokens, 1 for more than `fast` times.
+    """Return YaRN's divisors: `factor` for pairs that turn less than `slow` times in `trained` tokens, 1 for more than `fast` times.
 
     Source: YaRN, arXiv:2309.00071, equation 20, with the ramp over whole pairs as in transformers and llama.cpp.
     """
@@ -58,7 +58,7 @@ def yarn_divisors(
 
 
 def llama3_divisors(base: float, pairs: int, factor: float, low: float, high: float, trained: int) -> tuple[float, ...]:
-    """Divisors of Llama 3.1, as in `transformers.modeling_rope_utils`."""
+    """Return the divisors of Llama 3.1, as in `transformers.modeling_rope_utils`."""
     divisors = []
     for i in range(pairs):
         wavelength = 2 * math.pi * base ** (i / pairs)
@@ -69,7 +69,7 @@ def llama3_divisors(base: float, pairs: int, factor: float, low: float, high: fl
 
 
 def hf_rope(f: Fields, scaling: Fields, key: str, head_dim: int, context: int, default_base: float, phi3: bool = False):
-    """RoPE of one section of config.json.
+    """Return the RoPE of one section of config.json.
 
     Args:
       f: the whole file; older ones have `rope_theta`, `partial_rotary_factor` and `original_max_position_embeddings` there.
@@ -139,7 +139,7 @@ def hf_rope(f: Fields, scaling: Fields, key: str, head_dim: int, context: int, d
 def _yarn_scale(scaling: Fields, key: str, factor: float) -> float:
     default = _yarn_mscale(factor)
     weights = [scaling.values.get(f"{key}.{name}") for name in ("mscale", "mscale_all_dim")]
-    if all(weights):  # one of them alone says nothing, as in transformers
+    if all(weights):  # only one of the two has no effect, as in transformers
         of_one, of_all = (scaling.number(f"{key}.{name}") for name in ("mscale", "mscale_all_dim"))
         default = _yarn_mscale(factor, of_one) / _yarn_mscale(factor, of_all)
     return scaling.number(f"{key}.attention_factor", default)
@@ -154,7 +154,7 @@ def _longrope_scale(factor: float, trained: int) -> float:
 
 
 def gguf_rope(file: GGUFFile, f: Fields, arch: str, head_dim: int, context: int) -> RopeSettings:
-    """RoPE of a GGUF file.
+    """Return the RoPE of a GGUF file.
 
     As in llama.cpp: a factor without a type is linear scaling, type "none" turns the factor off, `rope_freqs.weight` divides frequencies
     whatever the type, and YaRN's own factor on cos and sin is multiplied by `attn_factor`.
@@ -190,7 +190,7 @@ def gguf_rope(file: GGUFFile, f: Fields, arch: str, head_dim: int, context: int)
         scale *= _yarn_mscale(factor)
     else:
         own = (factor,)
-    found = {
+    tensors = {
         name: _factors(file, f"{name}.weight", pairs)
         for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")
     }
@@ -199,14 +199,14 @@ def gguf_rope(file: GGUFFile, f: Fields, arch: str, head_dim: int, context: int)
         divisors = own if factors is None else tuple(a * b for a, b in zip(_wide(own, pairs), factors, strict=True))
         return make(divisors=divisors, scale=scale)
 
-    short, long = found["rope_factors_short"], found["rope_factors_long"]
+    short, long = tensors["rope_factors_short"], tensors["rope_factors_long"]
     reach = int(min(factor * trained, 1 << 31)) if kind == "yarn" else 0
-    if found["rope_freqs"] is not None or (short is None and long is None):
-        if kind == "longrope" and found["rope_freqs"] is None:
+    if tensors["rope_freqs"] is not None or (short is None and long is None):
+        if kind == "longrope" and tensors["rope_freqs"] is None:
             raise CheckpointFormatError(
                 f"{file.path}: {rope}.scaling.type='longrope' without tensors rope_factors_*.weight"
             )
-        return RopeSettings(with_factors(found["rope_freqs"]), context=reach)
+        return RopeSettings(with_factors(tensors["rope_freqs"]), context=reach)
     if short is None or long is None:
         raise CheckpointFormatError(
             f"{file.path}: has one of rope_factors_short.weight and rope_factors_long.weight; allowed are both"
@@ -236,7 +236,7 @@ ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_short.weight", "rop
 
 
 def model_values(settings: RopeSettings, context: int) -> Mapping[str, object]:
-    """The fields of `ModelConfig` that follow from RoPE."""
+    """Return the fields of `ModelConfig` that follow from RoPE."""
     return {
         "rope": settings.rope,
         "rope_limit": settings.limit,

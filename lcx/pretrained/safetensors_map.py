@@ -27,7 +27,7 @@ class SafetensorsFile:
     buffer: mmap.mmap
 
     def values(self, name: str) -> np.ndarray:
-        """A read-only view in the stored type, which is one of F32, F16 and BF16."""
+        """Return a read-only view in the stored type, which is one of F32, F16 and BF16."""
         kind, shape, offset = self.entries[name]
         count = 1
         for size in shape:
@@ -36,7 +36,7 @@ class SafetensorsFile:
 
 
 def open_safetensors(path: str | Path) -> SafetensorsFile:
-    """Maps a file.
+    """Map a file.
 
     Raises:
       CheckpointFormatError: no such file, or one that the safetensors library refuses.

@@ -40,7 +40,7 @@ MAX_IDS = 1 << 24
 
 
 class Tokenizer:
-    """Encodes, decodes and formats chats.  `bos_id`, `eos_id` are None where the model has none.
+    """Tokenizer of a model: encodes, decodes and formats chats.  `bos_id`, `eos_id` are None where the model has none.
 
     Attributes:
       bos_id: the token that the model was trained with in front of a text, None where there is none.
@@ -91,20 +91,20 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The largest id that `decode` knows, plus one.  A model's embedding may be padded beyond it."""
+        """Number of ids: the largest that `decode` knows, plus one.  A model's embedding may be padded beyond it."""
         return len(self.has_text)
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of a text as the model was trained to read it: bos in front where `add_bos`, then `encode(text)`."""
+        """Return the token ids of a text as the model was trained to read it: bos in front where `add_bos`, then `encode(text)`."""
         return [*self.front, *self.encode(text)]
 
     @property
     def front(self) -> list[int]:
-        """Ids in front of every text: bos, or none."""
+        """Return the ids in front of every text: bos, or none."""
         return [self.bos_id] if self.add_bos and self.bos_id is not None else []
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """Token ids of a text, without a bos token in front.
+        """Return the token ids of a text, without a bos token in front.
 
         Args:
           text: any text.
@@ -125,14 +125,14 @@ class Tokenizer:
             self._backend.encode_special_tokens = not parse_special
             ids = self._backend.encode(text, add_special_tokens=False).ids
         if not parse_special and not self._special.isdisjoint(ids):
-            found = self._backend.id_to_token(next(index for index in ids if index in self._special))
+            special = self._backend.id_to_token(next(index for index in ids if index in self._special))
             raise LoadError(
-                f"text becomes the special token {found!r} of {self.path}; remove it, or pass parse_special=True"
+                f"text becomes the special token {special!r} of {self.path}; remove it, or pass parse_special=True"
             )
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Text of token ids.  Bytes that are not UTF-8 become U+FFFD.
+        """Return the text of token ids.  Bytes that are not UTF-8 become U+FFFD.
 
         Raises:
           UserError: an id is outside the vocabulary, or one of the padding, which stands for no text.
@@ -147,11 +147,11 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def stream(self, *, skip_special: bool = False) -> StreamDecoder:
-        """A decoder that takes one id at a time."""
+        """Return a decoder that takes one id at a time."""
         return StreamDecoder(self, skip_special)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation up to where the assistant speaks.  Special tokens inside messages stay text.
+        """Return the token ids of a conversation up to where the assistant speaks.  Special tokens inside messages stay text.
 
         Args:
           messages: [{"role": "user", "content": "..."}, ...]; roles are system, user and assistant.
@@ -186,7 +186,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, object], path: str) -> Tokenizer:
-        """The tokenizer in the `tokenizer.*` fields of a GGUF header.
+        """Return the tokenizer in the `tokenizer.*` fields of a GGUF header.
 
         Raises:
           CheckpointFormatError: a field is missing or does not fit, or a tokenizer that lcx was not checked against.
@@ -220,7 +220,7 @@ class Tokenizer:
             raise CheckpointFormatError(f"{path}: tokenizer.ggml.add_bos_token must be true or false")
         stops = [id_field(fields, f"{name}_token_id", path) for name in ("eos", "eot", "eom")]
         template = fields.get("tokenizer.chat_template")
-        # converters name the rows of a padded embedding so
+        # converters give these names to the rows of a padded embedding
         padding = [int(i) for i in np.flatnonzero(kinds == UNUSED) if tokens[i] == f"[PAD{i}]"]
         return cls(
             backend,
@@ -240,7 +240,7 @@ class Tokenizer:
         model: Mapping[str, object] | None = None,
         generation: Mapping[str, object] | None = None,
     ) -> Tokenizer:
-        """The tokenizer of a tokenizer.json file.
+        """Return the tokenizer of a tokenizer.json file.
 
         Args:
           path: tokenizer.json.
@@ -269,7 +269,7 @@ class Tokenizer:
         stops += _ids(model, "eos_token_id", path) + _ids(generation, "eos_token_id", path)
         add_bos = settings.get("add_bos_token")
         if not isinstance(add_bos, bool):
-            # then what the file's own post-processor puts in front of a text says it
+            # else the file's own post-processor tells, by the tokens that it puts in front of a text
             front = _front(backend, bos, path)
             add_bos, bos = bool(front), front or bos
         template = settings.get("chat_template")
@@ -284,7 +284,7 @@ class Tokenizer:
 
 
 def _named(backend: Backend, settings: Mapping[str, object], name: str, path: Path) -> int | None:
-    """The id of a token that tokenizer_config.json names, as a text or as {"content": text}."""
+    """Return the id of a token that tokenizer_config.json names, as a text or as {"content": text}."""
     token = settings.get(name)
     token = token.get("content") if isinstance(token, dict) else token
     if token is None:
@@ -298,7 +298,7 @@ def _named(backend: Backend, settings: Mapping[str, object], name: str, path: Pa
 
 
 def _ids(values: Mapping[str, object], name: str, path: Path) -> list[int]:
-    """The ids under a key that holds one, a list of them, or null."""
+    """Return the ids under a key that holds one, a list of them, or null."""
     value = values.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(index) is int for index in ids):
@@ -307,7 +307,7 @@ def _ids(values: Mapping[str, object], name: str, path: Path) -> list[int]:
 
 
 def _front(backend: Backend, bos: list[int], path: Path) -> list[int]:
-    """Ids that the file's post-processor puts in front of a text; one at most.  An eos behind a text is left out: texts go on."""
+    """Return the ids that the file's post-processor puts in front of a text, at most one.  An eos behind it is left out: texts go on."""
     plain, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     if not plain:
         # a vocabulary without that letter: nothing tells what is in front from what is behind
@@ -319,7 +319,7 @@ def _front(backend: Backend, bos: list[int], path: Path) -> list[int]:
 
 
 class StreamDecoder:
-    """Text of ids that come one at a time.  A character whose bytes span tokens comes out whole, with its last token.
+    """Decoder of ids that come one at a time.  A character whose bytes span tokens comes out whole, with its last token.
 
     The joined pieces of `feed` and `finish` equal `decode` of all ids.
     """
@@ -331,12 +331,12 @@ class StreamDecoder:
         self._pending: list[int] = []
 
     def feed(self, index: int) -> str:
-        """New text that this id completes; often empty in the middle of a character."""
+        """Return the new text that this id completes; often empty in the middle of a character."""
         self._pending.append(int(index))
         return self._piece(final=False)
 
     def finish(self) -> str:
-        """What is left, with U+FFFD for an incomplete character."""
+        """Return the remaining text, with U+FFFD for an incomplete character."""
         return self._piece(final=True)
 
     def _piece(self, final: bool) -> str:

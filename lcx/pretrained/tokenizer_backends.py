@@ -23,8 +23,8 @@ SPLIT_REGEX = {
 def field(fields: Mapping[str, object], name: str, kind: type, path: str):
     value = fields.get(f"tokenizer.ggml.{name}")
     if not isinstance(value, kind):
-        found = "is missing" if value is None else f"is a {type(value).__name__}"
-        raise CheckpointFormatError(f"{path}: tokenizer.ggml.{name} {found}, allowed is a {kind.__name__}")
+        fault = "is missing" if value is None else f"is a {type(value).__name__}"
+        raise CheckpointFormatError(f"{path}: tokenizer.ggml.{name} {fault}, allowed is a {kind.__name__}")
     return value
 
 
@@ -33,7 +33,7 @@ def id_field(fields: Mapping[str, object], name: str, path: str) -> int | None:
 
 
 def byte_level(fields: Mapping[str, object], tokens: list[str], path: str) -> Backend:
-    """GPT-2's kind: bytes as printable characters, merges in the file."""
+    """Return a backend of GPT-2's kind: bytes as printable characters, merges in the file."""
     pre = field(fields, "pre", str, path)
     merges = [tuple(merge.split(" ", 1)) for merge in field(fields, "merges", list, path)]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -62,7 +62,7 @@ def byte_level(fields: Mapping[str, object], tokens: list[str], path: str) -> Ba
 
 
 def sentencepiece(fields: Mapping[str, object], tokens: list[str], kinds: np.ndarray, path: str) -> Backend:
-    """Gemma's kind: scores instead of merges, byte fallback.  Checked against Gemma 3 only."""
+    """Return a backend of Gemma's kind: scores instead of merges, byte fallback.  Checked only against Gemma 3."""
     if fields.get("tokenizer.ggml.add_space_prefix") is not False:
         # Llama 2 and Mistral 7B v0.1 put a space in front; no file was at hand to check that against
         raise CheckpointFormatError(
@@ -88,7 +88,7 @@ def sentencepiece(fields: Mapping[str, object], tokens: list[str], kinds: np.nda
 
 
 def _merges_from_scores(tokens, kinds, scores, vocab, path) -> list[tuple[str, str]]:
-    """Every split of a normal token into two tokens, best score first."""
+    """Return every split of a normal token into two tokens, best score first."""
     ranked: list[tuple[float, list[tuple[str, str]]]] = []
     for index in np.flatnonzero(kinds == NORMAL):
         token = tokens[index]
@@ -104,7 +104,7 @@ def _merges_from_scores(tokens, kinds, scores, vocab, path) -> list[tuple[str, s
 
 
 def missing_bytes(backend: Backend) -> frozenset[int]:
-    """Bytes that a byte-level BPE drops because it has no token for them."""
+    """Return the bytes that a byte-level BPE drops because it has no token for them."""
     if not isinstance(backend.decoder, decoders.ByteLevel) or not isinstance(backend.model, models.BPE):
         return frozenset()
     # GPT-2's table: printable bytes stand for themselves, the others for characters from U+0100 on, in order

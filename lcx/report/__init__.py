@@ -1,6 +1,6 @@
 """A sweep for people: figures, one HTML page, its comparison with another, and its rows as a file.
 
-`figures` draws in a notebook too.  This package imports no JAX unless a GPU's capacity is asked for.
+`figures` draws in a notebook too.  This package imports no JAX unless a GPU's capacity is requested.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def write_report(source: Source, out: Path, formats: Sequence[str] = (), capacit
       capacity: GPUs whose memory is drawn as lines.
 
     Returns:
-      What was written.
+      Paths of the written files.
 
     Raises:
       UserError: another format, no such GPU, or a file that cannot be written.

@@ -1,4 +1,4 @@
-"""What the figures share: colours and markers, readable ticks of log axes, labels that do not overlap, failed points."""
+"""Shared parts of the figures: colours and markers, readable ticks of log axes, labels that do not overlap, failed points."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _RC = {
 
 
 class Picture(Figure):
-    """A figure that a notebook shows, whether pyplot is loaded or not."""
+    """Figure that a notebook shows with or without pyplot."""
 
     def _repr_png_(self) -> bytes:
         out = BytesIO()
@@ -62,14 +62,14 @@ class Picture(Figure):
 
 @contextlib.contextmanager
 def styled() -> Generator[None]:
-    """Our fonts and colours; the caller's settings are as before afterwards."""
+    """Set our fonts and colours; the caller's settings are restored afterwards."""
     with quiet(), matplotlib.rc_context(_RC):
         yield
 
 
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
-    """No warning for each character of a name that the font lacks; a box stands for it."""
+    """Silence the warning for each character of a name that the font lacks; a box stands for the character."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
@@ -77,7 +77,7 @@ def quiet() -> Generator[None]:
 
 @dataclass(frozen=True)
 class Style:
-    """How a method looks in every figure."""
+    """Look of a method in every figure."""
 
     color: str
     marker: str
@@ -89,21 +89,21 @@ class Style:
 
 
 def facets(rows: Sequence[Row]) -> dict[tuple[Any, Any, Any], list[Row]]:
-    """(model, dtype, batch) -> its rows: what one panel can show."""
-    found: dict[tuple, list[Row]] = {}
+    """Return (model, dtype, batch) -> the rows that one panel can show."""
+    by_panel: dict[tuple, list[Row]] = {}
     for r in rows:
-        found.setdefault((r["model"], r["dtype"], r["batch"]), []).append(r)
-    return found
+        by_panel.setdefault((r["model"], r["dtype"], r["batch"]), []).append(r)
+    return by_panel
 
 
 def reference_of(rows: Sequence[Row]) -> str | None:
-    """The method that the others are compared with: dense, or the sweep's first."""
+    """Return the method that the others are compared with: dense, or the sweep's first."""
     methods = list(dict.fromkeys(r["method"] for r in rows))
     return "dense" if "dense" in methods else (methods[0] if methods else None)
 
 
 def styles(rows: Sequence[Row]) -> dict[str, Style]:
-    """Method -> style: the reference in the text's colour, the others in the sweep's order."""
+    """Return method -> style: the reference in the text's colour, the others in the sweep's order."""
     reference = reference_of(rows)
     result = {}
     if reference is not None:
@@ -126,21 +126,21 @@ class Spot:
 
 
 def curve(rows: Sequence[Row], method: str | None, name: str, low: str = "", high: str = "") -> list[Spot]:
-    """Values of one column against length, of points that are ok."""
-    found: dict[int, list[Row]] = {}
+    """Return the values of one column against length, of points that are ok."""
+    by_length: dict[int, list[Row]] = {}
     for r in rows:
         if r["method"] == method and r["status"] == "ok" and r[name] is not None and (r["length"] or 0) > 0:
-            found.setdefault(r["length"], []).append(r)
+            by_length.setdefault(r["length"], []).append(r)
     spots = []
-    for length in sorted(found):
-        values = [r[name] for r in found[length]]
-        every = values + [r[n] for n in (low, high) if n for r in found[length] if r[n] is not None]
+    for length in sorted(by_length):
+        values = [r[name] for r in by_length[length]]
+        every = values + [r[n] for n in (low, high) if n for r in by_length[length] if r[n] is not None]
         spots.append(Spot(length, sum(values) / len(values), min(every), max(every)))
     return spots
 
 
 def bars(spots: Sequence[Spot]) -> list[list[float]]:
-    """The ranges as matplotlib's errorbar takes them."""
+    """Return the ranges in the form of matplotlib's errorbar."""
     return [[s.mean - s.low for s in spots], [s.high - s.mean for s in spots]]
 
 
@@ -182,16 +182,16 @@ _STEPS = {
 
 
 def ticks(low: float, high: float, base: int, most: int = MOST_TICKS) -> list[float]:
-    """Round numbers from low to high for a log axis: the finest set of at most `most`, evenly spaced where the range is narrow."""
-    found: list[float] = []
+    """Return round numbers from low to high for a log axis: the finest set of at most `most`, evenly spaced where the range is narrow."""
+    numbers: list[float] = []
     for steps, every in _STEPS[base]:
         powers = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
-        found = [s * float(base) ** p for p in powers if p % every == 0 for s in steps]
-        found = [t for t in found if low <= t <= high]
-        if len(found) <= most:
+        numbers = [s * float(base) ** p for p in powers if p % every == 0 for s in steps]
+        numbers = [t for t in numbers if low <= t <= high]
+        if len(numbers) <= most:
             break
-    if len(found) >= 3:
-        return found
+    if len(numbers) >= 3:
+        return numbers
     # bytes are round in their own unit
     unit = 1024.0 ** math.floor(math.log(high, 1024)) if base == 2 else 1.0
     return [
@@ -216,7 +216,7 @@ def log_axis(
 
 
 def length_axis(ax: Axes, lengths: Sequence[int]) -> None:
-    """Context length on a log axis, with a tick at each length that has the room for it."""
+    """Set context length as a log axis, with a tick at each length that has the room for it."""
     lengths = sorted(lengths)
     span = max(math.log(lengths[-1] / lengths[0]), 1e-9)
     kept = [lengths[-1]]
@@ -235,7 +235,7 @@ def length_axis(ax: Axes, lengths: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Failed:
-    """The points of one method that failed; no method: how many methods more."""
+    """Failed points of one method; without a method, the number of further methods."""
 
     method: str | None
     text: str
@@ -243,18 +243,18 @@ class Failed:
 
 
 def failures(rows: Sequence[Row]) -> list[Failed]:
-    """One entry a method, at most SHOWN_FAILURES and one that counts the others."""
-    found: dict[str, list[Row]] = {}
+    """Return one entry a method, at most SHOWN_FAILURES and one that counts the others."""
+    by_method: dict[str, list[Row]] = {}
     for r in rows:
         if has_failed(r) and (r["length"] or 0) > 0:
-            found.setdefault(r["method"], []).append(r)
+            by_method.setdefault(r["method"], []).append(r)
     entries = [
         Failed(
             method,
             plot_text(f"{method}: {', '.join(dict.fromkeys(str(r['status']) for r in mine))}", 60),
             tuple(sorted({r["length"] for r in mine})),
         )
-        for method, mine in found.items()
+        for method, mine in by_method.items()
     ]
     rest = entries[SHOWN_FAILURES:]
     if len(rest) <= 1:
@@ -264,13 +264,13 @@ def failures(rows: Sequence[Row]) -> list[Failed]:
 
 
 def failure_room(rows: Sequence[Row]) -> float:
-    """Fraction of the axes that the failed points' lines need on top."""
+    """Return the fraction of the axes that the failed points' lines need on top."""
     failed = failures(rows)
     return 0.05 + 0.06 * len(failed) if failed else 0.0
 
 
 def mark_failures(ax: Axes, rows: Sequence[Row], looks: Mapping[str, Style]) -> None:
-    """On top of the axes a line for each method that failed: crosses at the lengths, and the status."""
+    """Draw a line on top of the axes for each method that failed: crosses at the lengths, and the status."""
     where = blended_transform_factory(ax.transData, ax.transAxes)
     for i, failed in enumerate(failures(rows)):
         y = 0.97 - 0.06 * i
@@ -287,7 +287,7 @@ def mark_failures(ax: Axes, rows: Sequence[Row], looks: Mapping[str, Style]) -> 
 
 
 def list_failures(ax: Axes, rows: Sequence[Row], looks: Mapping[str, Style]) -> None:
-    """The failed points of one length in the corner of a panel that has no axis of length."""
+    """List the failed points of one length in the corner of a panel that has no axis of length."""
     for i, failed in enumerate(failures(rows)):
         color = INK if failed.method is None else looks[failed.method].color
         put = {"xycoords": "axes fraction", "va": "center", "fontsize": 8, "color": color}
@@ -299,7 +299,7 @@ _PLACES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
 
 @dataclass(frozen=True)
 class Label:
-    """A name that belongs beside a point."""
+    """Name beside a point."""
 
     x: float
     y: float
@@ -339,14 +339,14 @@ def label_points(ax: Axes, labels: Sequence[Label], size: float = 8.5) -> None:
 
 
 def _segments(line: Line2D) -> list[Bbox]:
-    """Thin boxes along the upright and level parts of a line."""
+    """Return thin boxes along the upright and level parts of a line."""
     places = line.get_transform().transform(line.get_xydata())
     ends = [(a, b) for a, b in itertools.pairwise(places) if min(abs(b - a)) < 1]
     return [Bbox([np.minimum(a, b) - 2, np.maximum(a, b) + 2]) for a, b in ends]
 
 
 def _free_box(point, width: float, height: float, scale: float, taken: Sequence[Bbox], room: Bbox) -> Bbox:
-    """The place near a point that covers least of what is taken and of what lies outside of `room`."""
+    """Return the place near a point that covers least of the taken boxes and of the space outside `room`."""
     best, least = Bbox.null(), math.inf
     for away in (7, 15, 24, 34):
         for dx, dy in _PLACES:

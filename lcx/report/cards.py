@@ -1,4 +1,4 @@
-"""What a page says of each recipe: paper, choice on each axis, settings, exact limit.
+"""Cards of a page: paper, choice on each axis, settings and exact limit of each recipe.
 
 Everything comes from the point's spec, where the sweep has put it as data (`Recipe.describe`): no config is read or run.  A spec of an
 older sweep has no such data; its card shows the recipe as one text.
@@ -40,7 +40,7 @@ class Card:
 
 
 def cards(source: Source) -> list[Card]:
-    """One a method, in the sweep's order."""
+    """Return one card a method, in the sweep's order."""
     points: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     for job, row in zip(source.jobs, source.rows, strict=True):
         spec = job.spec if isinstance(job.spec, Mapping) else {}
@@ -74,7 +74,7 @@ def _card(method: str, points: Sequence[tuple[Mapping[str, Any], Mapping[str, An
 
 
 def choices_of(spec: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(axis, choice with its settings, exact limit) of a point's recipe."""
+    """Return (axis, choice with its settings, exact limit) for each choice of a point's recipe."""
     stated = _mapping(spec.get("card")).get("choices")
     if not isinstance(stated, Sequence) or isinstance(stated, str):
         yield "recipe", str(spec.get("recipe") or ""), ""
@@ -89,7 +89,7 @@ def choices_of(spec: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
-    """The value where it is a mapping; specs come from a file, in which anything may be."""
+    """Return the value where it is a mapping, else an empty one; specs come from a file, in which anything may be."""
     return value if isinstance(value, Mapping) else {}
 
 

@@ -1,4 +1,4 @@
-"""Two sweeps cell by cell: what changed, beyond which interval, and whether it is a regression.
+"""Two sweeps cell by cell: changed columns, the interval of each change, and whether it is a regression.
 
 Rule for times: rows hold the median and the 10th and 90th percentile of n runs.  The interval of the ratio B / A is from p10 of B over
 p90 of A to p90 of B over p10 of A.  It needs no distribution, and runs of one process, which drift together, do not make it too narrow.
@@ -54,7 +54,7 @@ class Change:
 
     @property
     def text(self) -> str:
-        """The change as one line."""
+        """Return the change as one line."""
         if self.name == "status":
             return f"{self.before} -> {self.after}"
         if self.name in QUALITY:
@@ -64,7 +64,7 @@ class Change:
 
     @property
     def short(self) -> str:
-        """The change in a cell of a table."""
+        """Return the change as a cell of a table."""
         if self.name == "status":
             return self.text
         if self.before == self.after:
@@ -74,19 +74,19 @@ class Change:
         return self._ratio(2)
 
     def _ratio(self, digits: int) -> str:
-        """The ratio and its interval."""
+        """Return the ratio with its interval."""
         span = "" if self.interval is None else f" [{self.interval[0]:.{digits}f}, {self.interval[1]:.{digits}f}]"
         return "" if self.ratio is None else f"x{self.ratio:.{digits}f}{span}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sweeps.
+    """Comparison of two sweeps.
 
     Attributes:
       cells: cell -> changes of its columns, of cells in both.
-      only_before, only_after: cells of one alone.
-      notes: what was not compared, and what was set differently.
+      only_before, only_after: cells of only one sweep.
+      notes: omitted comparisons, and settings that differ.
     """
 
     cells: dict[Cell, list[Change]]
@@ -185,19 +185,19 @@ def _machine_notes(
 def _setting_notes(
     a: Mapping[Cell, tuple[Job, Row]], b: Mapping[Cell, tuple[Job, Row]], shared: Sequence[Cell]
 ) -> list[str]:
-    """What was set differently, where cells of the same name are not the same point."""
+    """Return the settings that differ where cells of the same name are not the same point."""
     changed = [cell for cell in shared if a[cell][0].key != b[cell][0].key]
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for cell in changed:
         old, new = leaves(a[cell][0].spec), leaves(b[cell][0].spec)
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
                 text = f"{name} {old.get(name)!r} -> {new.get(name)!r}"
-                found[text] = found.get(text, 0) + 1
-    notes = [f"set differently in {n} cells: {text}" for text, n in list(found.items())[:10]]
-    if len(found) > 10:
-        notes.append(f"set differently: {len(found) - 10} more")
-    if changed and not found:
+                counts[text] = counts.get(text, 0) + 1
+    notes = [f"set differently in {n} cells: {text}" for text, n in list(counts.items())[:10]]
+    if len(counts) > 10:
+        notes.append(f"set differently: {len(counts) - 10} more")
+    if changed and not counts:
         notes.append(
             f"{len(changed)} cells are other points with the same settings: the model's file or a method's arrays changed"
         )

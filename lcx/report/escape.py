@@ -1,4 +1,4 @@
-"""Free text on its way out: to a terminal, a figure, HTML or a spreadsheet, it is only ever text."""
+"""Escapes for free text in a terminal, a figure, HTML or a spreadsheet, where it must stay text."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
 
 
 def plot_text(text: Any, longest: int = 40) -> str:
-    """Text for matplotlib, which would read $...$ as mathematics."""
+    """Escape text for matplotlib, which would read $...$ as mathematics."""
     return visible(text, longest).replace("$", r"\$")
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell of a CSV file: numbers stay numbers, no text is a formula."""
+    """Return a cell of a CSV file: numbers stay numbers, no text is a formula."""
     if not isinstance(value, str):
         return value
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in value)
@@ -34,9 +34,9 @@ class Safe(str):
 
 
 def el(tag: str, *children: Any, **attributes: Any) -> Safe:
-    """An HTML element.  Children and values of attributes are escaped unless `Safe`; a trailing _ of a name is dropped.
+    """Return an HTML element.  Children and values of attributes are escaped unless `Safe`; a trailing _ of a name is dropped.
 
-    Attributes that are None are left out, True stands alone.
+    Attributes that are None are left out, True writes only the name.
     """
     words = [tag]
     for name, value in attributes.items():
@@ -53,13 +53,13 @@ def el(tag: str, *children: Any, **attributes: Any) -> Safe:
 
 
 def join(parts: Any) -> Safe:
-    """Elements and texts one after the other."""
+    """Join elements and texts."""
     return Safe("".join(p if isinstance(p, Safe) else html.escape(visible(p)) for p in parts if p is not None))
 
 
 @contextlib.contextmanager
 def shown_errors() -> Generator[None]:
-    """UserErrors without control characters: their messages hold names and paths."""
+    """Raise UserErrors without control characters: their messages hold names and paths."""
     try:
         yield
     except UserError as error:

@@ -39,7 +39,7 @@ def export(rows: Sequence[Row], path: Path) -> None:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """CSV: a missing value is empty, a JSON column is JSON, a text that a spreadsheet would take for a formula begins with '."""
+    """Return CSV: a missing value is empty, a JSON column is JSON, a text that a spreadsheet would take for a formula begins with '."""
     out = StringIO()
     table = csv.writer(out, lineterminator="\n")
     table.writerow([c.name for c in ALL_COLUMNS])
@@ -48,7 +48,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def parquet_bytes(rows: Sequence[Row]) -> bytes:
-    """Parquet, values as they are.  Without page checksums a flipped bit would be read as another value."""
+    """Return Parquet with values as they are.  Without page checksums a flipped bit would be read as another value."""
     pa, pq = _pyarrow()
     kinds = {"str": pa.string(), "json": pa.string(), "int": pa.int64(), "float": pa.float64()}
     columns = {c.name: pa.array([_text(_value(r[c.name], c.kind)) for r in rows], kinds[c.kind]) for c in ALL_COLUMNS}
@@ -62,7 +62,7 @@ def _value(value: Any, kind: str) -> Any:
 
 
 def _text(value: Any) -> Any:
-    """Lone surrogates, which JSON can hold, have no UTF-8."""
+    """Return text that UTF-8 can hold: JSON may have lone surrogates."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 

@@ -46,13 +46,13 @@ def facet_title(facet: tuple[Any, Any, Any], rows: Rows, longest: int = 60) -> s
 
 
 def memory(rows: Rows, ax: Axes | None = None, looks: Looks | None = None) -> Figure:
-    """Bytes of the KV cache against context length."""
+    """Draw the bytes of the KV cache against context length."""
 
     return _figure(rows, [_cache], None if ax is None else [ax], looks)
 
 
 def peak(rows: Rows, ax: Axes | None = None, looks: Looks | None = None, capacity: Sequence[str] = ()) -> Figure:
-    """Predicted peak memory against context length, with the memory of GPUs.
+    """Draw predicted peak memory against context length, with the memory of GPUs.
 
     Args:
       rows, ax, looks: as in the other figures.
@@ -86,7 +86,7 @@ def peak(rows: Rows, ax: Axes | None = None, looks: Looks | None = None, capacit
 
 
 def capacities(names: Sequence[str]) -> dict[str, int]:
-    """Memory of GPUs in bytes.  Raises UserError for a name that there is none of."""
+    """Return the memory of GPUs in bytes.  Raises UserError for an unknown name."""
     if not names:
         return {}
     from lcx.plan.targets import TARGETS
@@ -98,7 +98,7 @@ def capacities(names: Sequence[str]) -> dict[str, int]:
 
 
 def latency(rows: Rows, ax: Sequence[Axes] | None = None, looks: Looks | None = None) -> Figure:
-    """Time to first token and time of a decode step against context length; `ax`: one for each."""
+    """Draw time to first token and time of a decode step against context length; `ax`: one for each."""
     return _figure(rows, [_ttft, _decode], ax, looks)
 
 
@@ -122,7 +122,7 @@ def _decode(ax: Axes, rows: Rows, looks: Looks, spread: bool = True) -> list[Lab
 
 
 def pareto(rows: Rows, ax: Axes | None = None, length: int | None = None, looks: Looks | None = None) -> Figure:
-    """Quality against bytes of the cache at one length, by default the longest that has both.
+    """Draw quality against bytes of the cache at one length, by default the longest that has both quantities.
 
     A method is on the front, and filled, when none with as few bytes is as good.  Dense is the line at its bytes.
     """
@@ -134,16 +134,16 @@ def pareto(rows: Rows, ax: Axes | None = None, length: int | None = None, looks:
 
 
 def pareto_lengths(rows: Rows) -> list[int]:
-    """Lengths at which `pareto` has something to show, shortest first."""
+    """Return the lengths at which `pareto` has something to show, shortest first."""
     quality = _quality(rows)
-    found = {
+    lengths = {
         r["length"] for r in rows if r["status"] == "ok" and r["cache_bytes"] and r[quality] is not None and r["length"]
     }
-    return sorted(n for n in found if n > 0)
+    return sorted(n for n in lengths if n > 0)
 
 
 def overview(rows: Rows, looks: Looks | None = None) -> Figure:
-    """The three questions in one picture: memory, decode time, and quality against memory at the longest length."""
+    """Draw memory, decode time, and quality against memory at the longest length in one picture."""
 
     return _figure(
         rows, [_cache, functools.partial(_decode, spread=False), _pareto], None, looks, width=4.35, height=4.0
@@ -151,8 +151,8 @@ def overview(rows: Rows, looks: Looks | None = None) -> Figure:
 
 
 def every(rows: Rows, capacity: Sequence[str] = ()) -> dict[str, Figure]:
-    """Name -> figure: all that the rows have something for."""
-    found = {
+    """Return name -> figure for every figure that the rows have values for."""
+    drawn = {
         "overview": overview(rows),
         "memory": memory(rows),
         "peak": peak(rows, capacity=capacity),
@@ -160,7 +160,7 @@ def every(rows: Rows, capacity: Sequence[str] = ()) -> dict[str, Figure]:
         "pareto": pareto(rows),
         "needle": needle(rows),
     }
-    return {name: fig for name, fig in found.items() if fig is not None}
+    return {name: fig for name, fig in drawn.items() if fig is not None}
 
 
 def save(fig: Figure, path: Path | str) -> None:
@@ -176,7 +176,7 @@ def save(fig: Figure, path: Path | str) -> None:
 
 
 def render(fig: Figure, form: str, text_as_paths: bool = True, facecolor: str = "white") -> bytes:
-    """The figure as PNG or SVG, without date; text of an SVG as paths, which look the same everywhere, or as text."""
+    """Render the figure as PNG or SVG, without date; text of an SVG as paths, which look the same everywhere, or as text."""
     out = BytesIO()
     metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
     settings = {"svg.hashsalt": "lcx", "svg.fonttype": "path" if text_as_paths else "none"}
@@ -194,7 +194,7 @@ def _figure(
     width: float = 4.9,
     height: float = 3.7,
 ) -> Figure:
-    """Panels side by side, a row of them for each facet; or the panels of one facet on the axes that are given."""
+    """Return panels side by side, a row of them for each facet; or the panels of one facet on the given axes."""
     groups = axes.facets(rows)
     looks = axes.styles(rows) if looks is None else looks
     if given is not None:
@@ -205,19 +205,19 @@ def _figure(
         for ax, draw in zip(given, draws, strict=True):
             axes.label_points(ax, draw(ax, rows, looks))
         return cast(Figure, given[0].get_figure(root=True))
-    shown = dict(list(groups.items())[:MOST_FACETS])
+    kept = dict(list(groups.items())[:MOST_FACETS])
     with axes.styled():
         wide = width * len(draws)
-        methods = list(dict.fromkeys(r["method"] for own in shown.values() for r in own))
+        methods = list(dict.fromkeys(r["method"] for own in kept.values() for r in own))
         drawn = set(methods[:MOST_METHODS])
-        high = height * max(len(shown), 1) + 0.1 + (0.2 * _legend_lines(methods, wide) if methods and legend else 0)
+        high = height * max(len(kept), 1) + 0.1 + (0.2 * _legend_lines(methods, wide) if methods and legend else 0)
         fig = Picture(figsize=(wide, high), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
-        if not shown:
+        if not kept:
             fig.text(0.5, 0.5, "no points", ha="center")
             return fig
-        panels = fig.subplots(len(shown), len(draws), squeeze=False)
+        panels = fig.subplots(len(kept), len(draws), squeeze=False)
         labels: list[tuple[Axes, list[Label]]] = []
-        for line, (facet, own) in zip(panels, shown.items(), strict=True):
+        for line, (facet, own) in zip(panels, kept.items(), strict=True):
             title = facet_title(facet, own, int(wide * 13))
             line[0].set_title(title, loc="left", fontsize=9.5)
             own = [r for r in own if r["method"] in drawn]
@@ -240,14 +240,14 @@ def _legend(fig: Figure, methods: Sequence[str], looks: Looks) -> None:
 
 
 def _legend_lines(methods: Sequence[str], width: float) -> int:
-    """Lines that the legend takes in a figure of this width in inches."""
+    """Return the lines that the legend takes in a figure of this width in inches."""
     names = _names(methods)
     widest = 0.075 * max(len(name) for name in names) + 0.6
     return -(-len(names) // max(1, int(width / widest)))
 
 
 def _names(methods: Sequence[str]) -> list[str]:
-    """The legend's names; the last one counts what is not drawn."""
+    """Return the legend's names; the last one counts the omitted names."""
     more = len(methods) - MOST_METHODS
     return [plot_text(m, 30) for m in methods[:MOST_METHODS]] + ([f"and {more:,} more, not drawn"] if more > 0 else [])
 
@@ -255,7 +255,7 @@ def _names(methods: Sequence[str]) -> list[str]:
 def _against_length(
     ax: Axes, rows: Rows, looks, name: str, low: str = "", high: str = "", extra: Sequence[float] = ()
 ) -> None:
-    """One line a method, both axes logarithmic; `extra` are further values that must be seen."""
+    """Draw one line a method, both axes logarithmic; `extra` are further values that must be seen."""
     values = list(extra)
     lengths = {r["length"] for r in rows if (r["length"] or 0) > 0}
     for method, look in looks.items():
@@ -284,23 +284,23 @@ def _nothing(ax: Axes, why: str) -> None:
 
 
 def _quality(rows: Rows) -> str:
-    """KL where the sweep has it, else the difference of NLL."""
+    """Return the KL column where the sweep has it, else the difference of NLL."""
     return "kl" if any(r["kl"] for r in rows if r["status"] == "ok") else "nll_minus_dense"
 
 
 def _pareto(ax: Axes, rows: Rows, looks: Looks, length: int | None = None) -> list[Label]:
-    found = pareto_lengths(rows)
-    length = length or (found[-1] if found else None)
+    lengths = pareto_lengths(rows)
+    length = length or (lengths[-1] if lengths else None)
     own = [r for r in rows if r["length"] == length]
     axes.list_failures(ax, own, looks)
-    if length not in found:
+    if length not in lengths:
         _nothing(ax, "no point has bytes and quality" if length is None else f"none at {length:,} tokens")
         return []
     quality, reference = _quality(rows), axes.reference_of(rows)
     spots = {m: (axes.curve(own, m, "cache_bytes"), axes.curve(own, m, quality)) for m in looks}
     spots = {m: (x[0], y[0]) for m, (x, y) in spots.items() if x and y and x[0].mean > 0}
     log = quality == "kl"
-    # a log axis has no zero: what equals dense stands on the lower edge
+    # a log axis has no zero: methods equal to dense stand on the lower edge
     positive = [v for m, (_, y) in spots.items() if m != reference for v in (y.low, y.high) if v > 0]
     floor = min(positive) / 2 if positive else 1e-6
     heights = {m: max(y.mean, floor) if log else y.mean for m, (_, y) in spots.items()}
@@ -340,7 +340,7 @@ def _pareto(ax: Axes, rows: Rows, looks: Looks, length: int | None = None) -> li
 
 
 def front_of(points: dict[str, tuple[float, float]]) -> list[str]:
-    """Names of the (bytes, loss) that no other beats or equals in both, fewest bytes first."""
+    """Return the names of the (bytes, loss) that no other beats or equals in both coordinates, fewest bytes first."""
     front, best = [], math.inf
     for name, (_, loss) in sorted(points.items(), key=lambda p: p[1]):
         if loss < best:

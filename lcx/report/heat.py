@@ -20,7 +20,7 @@ MOST_MAPS = 24
 
 
 def needle(rows: Rows) -> Figure | None:
-    """Heat maps of the score of the needles, depth against length, one a method; None where no row has them."""
+    """Draw heat maps of the score of the needles, depth against length, one a method; None where no row has them."""
     every = needle_maps(rows)
     maps = dict(list(every.items())[:MOST_MAPS])
     if not maps:
@@ -55,20 +55,20 @@ def needle(rows: Rows) -> Figure | None:
 
 
 def needle_maps(rows: Rows) -> dict[str, tuple[list[int], list[float], list[list[float]]]]:
-    """Title -> (lengths, depths, scores [depth][length], nan where none), points and seeds put together.
+    """Return title -> (lengths, depths, scores [depth][length], nan where none), points and seeds put together.
 
     All maps have the same lengths, so that what failed is seen to be missing.
     """
     several = len(axes.facets(rows)) > 1
-    found: dict[str, dict[tuple[int, float], list[float]]] = {}
+    by_title: dict[str, dict[tuple[int, float], list[float]]] = {}
     for r in rows:
         grid = r["tasks"].get("needle") if isinstance(r["tasks"], dict) else None
         title = f"{r['method']}, {r['model']} {r['dtype']} x{r['batch']}" if several else str(r["method"])
         for length, depth, score in _cells(grid):
-            found.setdefault(title, {}).setdefault((length, depth), []).append(score)
+            by_title.setdefault(title, {}).setdefault((length, depth), []).append(score)
     maps = {}
-    lengths = sorted({n for cells in found.values() for n, _ in cells})
-    for title, cells in found.items():
+    lengths = sorted({n for cells in by_title.values() for n, _ in cells})
+    for title, cells in by_title.items():
         depths = sorted({d for _, d in cells})
         mean = {at: sum(scores) / len(scores) for at, scores in cells.items()}
         maps[title] = (lengths, depths, [[mean.get((n, d), math.nan) for n in lengths] for d in depths])
@@ -76,7 +76,7 @@ def needle_maps(rows: Rows) -> dict[str, tuple[list[int], list[float], list[list
 
 
 def _cells(grid: Any) -> list[tuple[int, float, float]]:
-    """(length, depth, score) of a grid {"lengths", "depths", "scores": [length][depth]}; nothing of one that is not so."""
+    """Return (length, depth, score) of a grid {"lengths", "depths", "scores": [length][depth]}; nothing for a malformed one."""
     try:
         lengths, depths, scores = grid["lengths"], grid["depths"], grid["scores"]
         cells = [(int(n), float(d), float(scores[i][j])) for i, n in enumerate(lengths) for j, d in enumerate(depths)]

@@ -74,7 +74,7 @@ code { font: .92em ui-monospace, "DejaVu Sans Mono", monospace; }
 
 
 def page(source: Source, capacity: Sequence[str] = ()) -> str:
-    """The page.
+    """Return the page as HTML.
 
     Args:
       source: the sweep.
@@ -86,7 +86,7 @@ def page(source: Source, capacity: Sequence[str] = ()) -> str:
     before = _figures(source.rows, capacity)
     known, after = cards(source), [_measured(source), _failed(source.rows)]
     text = ""
-    # the first that fits; an export has what is left out
+    # the first that fits; an export has the rows left out
     for most, orders, whole in ((None, 3, True), (None, 3, False), (2_000, 1, False), (100, 1, False)):
         recipes = _recipes(known, FEW_CARDS if most == 100 else MOST_CARDS)
         middle = [_tables(source.rows, most, orders, whole), *_scores(source.rows), recipes]
@@ -128,7 +128,7 @@ def _document(source: Source, sections: Sequence[Safe]) -> str:
 def _summary(source: Source) -> Safe:
     rows = source.rows
     counts = Counter(r["status"] for r in rows)
-    said = ", ".join(f"{n} {status}" for status, n in counts.most_common())
+    statuses = ", ".join(f"{n} {status}" for status, n in counts.most_common())
     lengths = sorted({r["length"] for r in rows if r["length"] is not None})
     span = f"{lengths[0]:,} to {lengths[-1]:,} tokens" if lengths else "no length"
     models = ", ".join(dict.fromkeys(str(r["model"]) for r in rows))
@@ -136,7 +136,7 @@ def _summary(source: Source) -> Safe:
     parts = [
         el(
             "p",
-            f"{models}: {len({r['method'] for r in rows})} recipes at {span}; {len(rows)} points: {said or 'none'}.",
+            f"{models}: {len({r['method'] for r in rows})} recipes at {span}; {len(rows)} points: {statuses or 'none'}.",
         )
     ]
     if any(r["status"] in OPEN for r in rows):
@@ -159,7 +159,7 @@ def _summary(source: Source) -> Safe:
 def _figures(rows: Sequence[Row], capacity: Sequence[str]) -> Safe:
     looks = axes.styles(rows)
     bars = "Seeds are averaged. "
-    found = [
+    drawn = [
         _figure(
             "memory",
             figures.memory(rows, looks=looks),
@@ -189,7 +189,7 @@ def _figures(rows: Sequence[Row], capacity: Sequence[str]) -> Safe:
         for i, length in enumerate(longest)
     ]
     heat = figures.needle(rows)
-    parts = [el("div", *found, class_="two"), wide, el("div", *quality, class_="two")]
+    parts = [el("div", *drawn, class_="two"), wide, el("div", *quality, class_="two")]
     if heat is not None:
         parts.append(_figure("needle", heat, "Share of needles found, by depth and context length; grey: no row."))
     groups = len(axes.facets(rows))
@@ -205,7 +205,7 @@ def _figure(name: str, fig: Figure, caption: str) -> Safe:
 
 
 def inline_svg(fig: Figure, name: str, label: str) -> Safe:
-    """The figure as an SVG element of a page: its ids begin with `name`, its text and frames have the page's colour."""
+    """Return the figure as an SVG element of a page: its ids begin with `name`, its text and frames have the page's colour."""
     text = figures.render(fig, "svg", text_as_paths=False, facecolor="none").decode()
     root = ElementTree.fromstring(text)  # noqa: S314, matplotlib's own output
     for parent in list(root.iter()):
@@ -234,14 +234,14 @@ def _svg_value(key: str, value: str, name: str) -> str:
 
 
 def _tables(rows: Sequence[Row], most: int | None, orders: int, whole: bool) -> Safe:
-    shown = rows if most is None else rows[:most]
-    note = _more(len(rows), len(shown), "points")
+    kept = rows if most is None else rows[:most]
+    note = _more(len(rows), len(kept), "points")
     parts = []
     for name, by in list(tables.ORDERS.items())[:orders]:
-        summary = el("summary", name, el("small", f" ({len(shown):,} points)"))
-        parts.append(el("details", summary, tables.compared(tables.ordered(shown, by)), open=not parts or None))
+        summary = el("summary", name, el("small", f" ({len(kept):,} points)"))
+        parts.append(el("details", summary, tables.compared(tables.ordered(kept, by)), open=not parts or None))
     if whole:
-        parts.append(el("details", el("summary", "all columns"), tables.everything(shown)))
+        parts.append(el("details", el("summary", "all columns"), tables.everything(kept)))
         text = csv_text(rows).encode()
         if len(text) <= LARGEST_CSV:
             link = Safe("data:text/csv;charset=utf-8;base64," + base64.b64encode(text).decode())
@@ -263,8 +263,8 @@ def _scores(rows: Sequence[Row]) -> list[Safe]:
 
 
 def _recipes(known: Sequence[Card], most: int) -> Safe:
-    shown = el("div", *map(_card, known[:most]), class_="cards")
-    return el("section", el("h2", "Recipes"), shown, _more(len(known), most, "recipes"), id="recipes")
+    grid = el("div", *map(_card, known[:most]), class_="cards")
+    return el("section", el("h2", "Recipes"), grid, _more(len(known), most, "recipes"), id="recipes")
 
 
 def _more(count: int, most: int, what: str) -> Safe | None:
@@ -274,7 +274,7 @@ def _more(count: int, most: int, what: str) -> Safe | None:
 
 
 def _card(card: Card) -> Safe:
-    said = ", ".join(f"{n} {status}" for status, n in card.statuses.items())
+    statuses = ", ".join(f"{n} {status}" for status, n in card.statuses.items())
     groups = (
         [(axis, el("code", choice)) for axis, choice in card.axes],
         [(name, el("code", value)) for name, value in card.settings],
@@ -283,9 +283,9 @@ def _card(card: Card) -> Safe:
     )
     lines = [line for group in groups for line in group[:MOST_LINES]]
     more = _more(max(map(len, groups)), MOST_LINES, "lines of a kind")
-    lines += [("config", el("code", card.config)), ("points", said)]
-    about = el("p", card.about) if card.about else el("p", "The config does not describe itself.", class_="soft")
-    return el("div", el("h3", card.method), about, tables.pairs(lines), more, class_="card")
+    lines += [("config", el("code", card.config)), ("points", statuses)]
+    description = el("p", card.about) if card.about else el("p", "The config does not describe itself.", class_="soft")
+    return el("div", el("h3", card.method), description, tables.pairs(lines), more, class_="card")
 
 
 def _failed(rows: Sequence[Row]) -> Safe:
@@ -333,7 +333,7 @@ def _measured(source: Source) -> Safe:
 
 
 def _run_facts(run: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What run.json says of a run, points and model configs apart."""
+    """Return the facts of a run in run.json, without points and model configs."""
     argv = run.get("argv")
     facts: list[tuple[str, Any]] = [
         ("command", el("code", shlex.join(map(str, argv)) if isinstance(argv, list) else argv))

@@ -1,4 +1,4 @@
-"""Scores of the tasks that --tasks asked for, laid out for people: a table for each context length, a line a task, a column a method."""
+"""Scores of the tasks of --tasks as tables: one for each context length, a line a task, a column a method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PERPLEXITIES = ("ppl", "longppl")  # lower is better; the others are 0 to 100
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """One context length.
+    """Scores at one context length.
 
     Attributes:
       title: length, and what else the rows share where a sweep has several of it.
@@ -30,23 +30,23 @@ class ScoreTable:
 
 
 def flat(tasks: Any) -> dict[str, float]:
-    """Task -> score: RULER's mean and its 13, the mean of the needle grid; nothing of what is not a number."""
-    found: dict[str, float] = {}
+    """Return task -> score: RULER's mean and its 13, the mean of the needle grid; values that are not numbers are left out."""
+    values: dict[str, float] = {}
     for name, value in tasks.items() if isinstance(tasks, dict) else ():
         if isinstance(value, dict) and "scores" in value:
             cells = [x for line in _list(value["scores"]) for x in _list(line)]
             if cells and all(map(_is_number, cells)):
-                found[f"{name}, mean of {len(cells)} depths"] = sum(cells) / len(cells)
+                values[f"{name}, mean of {len(cells)} depths"] = sum(cells) / len(cells)
         elif isinstance(value, dict):
             parts = [(k, v) for k, v in value.items() if _is_number(v) and k != "samples"]
-            found |= {f"{name} {k}": float(v) for k, v in sorted(parts, key=lambda part: part[0] != "mean")}
+            values |= {f"{name} {k}": float(v) for k, v in sorted(parts, key=lambda part: part[0] != "mean")}
         elif _is_number(value):
-            found[str(name)] = float(value)
-    return found
+            values[str(name)] = float(value)
+    return values
 
 
 def score_tables(rows: Sequence[Row]) -> list[ScoreTable]:
-    """Tables of all points that have scores, seeds averaged; points of one model, dtype, batch and length share one."""
+    """Return the tables of all points that have scores, seeds averaged; points of one model, dtype, batch and length share one."""
     several = [n for n in ("model", "dtype", "batch") if len({r[n] for r in rows}) > 1]
     groups: dict[tuple, list[Row]] = {}
     for r in rows:
@@ -54,12 +54,12 @@ def score_tables(rows: Sequence[Row]) -> list[ScoreTable]:
             groups.setdefault((r["length"], *(r[n] for n in several)), []).append(r)
     tables = []
     for (length, *rest), group in groups.items():
-        found: dict[str, dict[str, list[float]]] = {}
+        by_task: dict[str, dict[str, list[float]]] = {}
         methods = list(dict.fromkeys(str(r["method"]) for r in group))
         for r in group:
             for task, score in flat(r["tasks"]).items():
-                found.setdefault(task, {}).setdefault(str(r["method"]), []).append(score)
-        lines = [(task, [_mean(by.get(method)) for method in methods]) for task, by in found.items()]
+                by_task.setdefault(task, {}).setdefault(str(r["method"]), []).append(score)
+        lines = [(task, [_mean(by.get(method)) for method in methods]) for task, by in by_task.items()]
         messages = [
             (str(r["method"]), str(task), str(value["message"]))
             for r in group
@@ -72,7 +72,7 @@ def score_tables(rows: Sequence[Row]) -> list[ScoreTable]:
 
 
 def score_text(task: str, score: float | None) -> str:
-    """A score is shown whole, a perplexity with three decimals."""
+    """Format a score: whole, or with three decimals for a perplexity."""
     if score is None:
         return "-"
     return f"{score:.3f}" if task in PERPLEXITIES else f"{score:.1f}"

@@ -1,4 +1,4 @@
-"""A sweep as it is read for a report: its rows, its jobs and its runs, every value of its column's kind or missing."""
+"""Source of a report: a sweep's rows, its jobs and its runs, every value of its column's kind or missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lcx.sweep.store import FILE, OPEN, Job, Store, salvage
 
 @dataclass(frozen=True)
 class Source:
-    """A sweep.
+    """Sweep as a report reads it.
 
     Attributes:
       workdir: where it lies.
@@ -47,7 +47,7 @@ def load(workdir: Path, damaged: bool = False) -> Source:
     if damaged:
         path = workdir / FILE
         if not path.is_file():
-            raise UserError(f"workdir={str(workdir)!r} holds no sweep: there is no {FILE}")
+            raise UserError(f"workdir={str(workdir)!r} holds no sweep: it has no {FILE}")
         points = salvage(path)
         if not points:
             raise UserError(f"workdir={str(workdir)!r}: nothing of {FILE} is readable")
@@ -58,7 +58,7 @@ def load(workdir: Path, damaged: bool = False) -> Source:
 
 
 def _runs(path: Path) -> list[dict[str, Any]]:
-    """The records of run.json, or none where it is missing or damaged: a report needs the rows alone."""
+    """Return the records of run.json, or none where it is missing or damaged: a report needs only the rows."""
     try:
         runs = json.loads(path.read_text())["runs"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -67,7 +67,7 @@ def _runs(path: Path) -> list[dict[str, Any]]:
 
 
 def has_failed(row: Mapping[str, Any]) -> bool:
-    """Whether the point has ended, and not well."""
+    """Return True where the point has ended, and not well."""
     return row["status"] not in ("ok", *OPEN)
 
 

@@ -14,14 +14,14 @@ from lcx.text import MIB, number
 
 
 def spread(row: Row, name: str, form: str, unit: float = 1.0) -> str:
-    """Median, and 10th to 90th percentile."""
+    """Format the median, and the 10th to 90th percentile."""
     stem = name.removesuffix("_s")
     low, high = row[f"{stem}_p10_s"], row[f"{stem}_p90_s"]
     text = number(row[name], form, unit)
     return text if low is None or high is None else f"{text} ({number(low, form, unit)}–{number(high, form, unit)})"
 
 
-# head, columns of the schema that it shows, text of a row
+# head, columns of the schema under it, text of a row
 Shown = tuple[str, tuple[str, ...], Callable[[Row], str]]
 COMPARED: tuple[Shown, ...] = (
     ("method", ("method",), lambda r: str(r["method"])),
@@ -57,17 +57,17 @@ ORDERS: dict[str, tuple[str, ...]] = {
 
 
 def ordered(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """Rows by columns, smallest first; what has no value goes last."""
+    """Sort rows by columns, smallest first; rows without a value go last."""
     return sorted(rows, key=lambda r: [(r[n] is None, r[n] or 0) for n in names])
 
 
 def shown_columns(rows: Sequence[Row]) -> list[Shown]:
-    """The compared columns, without those that have one value in all rows."""
+    """Return the compared columns, without those that have one value in all rows."""
     return [s for s in COMPARED if s[0] not in ONLY_IF_SEVERAL or len({r[s[1][0]] for r in rows}) > 1]
 
 
 def compared(rows: Sequence[Row]) -> Safe:
-    """One table of the columns that people compare."""
+    """Return one table of the columns that people compare."""
     columns = shown_columns(rows)
     head = el("tr", *(el("th", name, class_=None if name in TEXT else "n", scope="col") for name, _, _ in columns))
     body = join(
@@ -82,21 +82,21 @@ def compared(rows: Sequence[Row]) -> Safe:
 
 
 def task_scores(rows: Sequence[Row]) -> list[Safe]:
-    """Scores of the tasks, a table for each length; nothing where no task was asked for."""
+    """Return the scores of the tasks, a table for each length; nothing where no task was requested."""
     parts = []
-    for found in scores.score_tables(rows):
-        head = el("tr", el("th", "task"), *(el("th", method, class_="n", scope="col") for method in found.methods))
+    for scored in scores.score_tables(rows):
+        head = el("tr", el("th", "task"), *(el("th", method, class_="n", scope="col") for method in scored.methods))
         body = join(
             el("tr", el("td", task), *(el("td", scores.score_text(task, v), class_="n") for v in values))
-            for task, values in found.lines
+            for task, values in scored.lines
         )
-        parts += [el("h3", found.title), _table(head, body)]
-        parts += [el("p", f"{method}, {task}: {message}", class_="soft") for method, task, message in found.messages]
+        parts += [el("h3", scored.title), _table(head, body)]
+        parts += [el("p", f"{method}, {task}: {message}", class_="soft") for method, task, message in scored.messages]
     return parts
 
 
 def everything(rows: Sequence[Row]) -> Safe:
-    """One table of all columns, a column of the page for each point would be too wide: a line a point."""
+    """Return one table of all columns, a line a point; a column of the page for each point would be too wide."""
     head = el(
         "tr", *(el("th", c.name, class_=None if c.kind in ("str", "json") else "n", scope="col") for c in ALL_COLUMNS)
     )
@@ -108,7 +108,7 @@ def everything(rows: Sequence[Row]) -> Safe:
 
 
 def plain(value: Any) -> str:
-    """A value of any kind as text."""
+    """Format a value of any kind as text."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -121,16 +121,16 @@ def plain(value: Any) -> str:
 
 
 def meanings() -> Safe:
-    """What each column means, and which another run may give another value."""
+    """Return the meaning of each column, and which ones another run may change."""
     head = el("tr", *(el("th", name) for name in ("column", "meaning", "measured")))
     lines = [(el("code", c.name), c.meaning, "measured" if c.measured else "") for c in ALL_COLUMNS]
     return _table(head, join(el("tr", *(el("td", cell) for cell in line)) for line in lines), "wrap")
 
 
 def pairs(found: Sequence[tuple[str, Any]]) -> Safe:
-    """Names and values as a list."""
-    shown = [(name, value if isinstance(value, Safe) else plain(value)) for name, value in found]
-    return el("dl", *(part for name, value in shown for part in (el("dt", name), el("dd", value))))
+    """Return names and values as a list."""
+    cells = [(name, value if isinstance(value, Safe) else plain(value)) for name, value in found]
+    return el("dl", *(part for name, value in cells for part in (el("dt", name), el("dd", value))))
 
 
 def _table(head: Safe, body: Safe, kind: str | None = None) -> Safe:

@@ -1,4 +1,4 @@
-"""A sweep's rows on a terminal: a table, the scores of the tasks, notes on what the columns count."""
+"""A sweep's rows on a terminal: a table, the scores of the tasks, notes on the columns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COLUMNS = (
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """All rows, grouped by length; a point that is not ok shows its status."""
+    """Return all rows, grouped by length; a point that is not ok shows its status."""
     result = empty_table(title)
     several = [n for n in SEVERAL if len({r[n] for r in rows}) > 1]
     failed = any(r["status"] != "ok" for r in rows)
@@ -55,20 +55,20 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 
 def score_tables(rows: Sequence[Row]) -> list[tuple[str, Table, list[str]]]:
-    """Scores of the tasks: title, table and messages for each length; nothing where no task was asked for."""
-    shown = []
-    for found in scores.score_tables(rows):
+    """Return the scores of the tasks: title, table and messages for each length; nothing where no task was requested."""
+    printed = []
+    for scored in scores.score_tables(rows):
         result = empty_table()
         result.add_column("task", no_wrap=True)
-        for method in found.methods:
+        for method in scored.methods:
             result.add_column(escape(visible(method)), justify="right", no_wrap=True)
-        for task, values in found.lines:
+        for task, values in scored.lines:
             result.add_row(escape(visible(task)), *(scores.score_text(task, value) for value in values))
-        messages = [visible(f"{method}, {task}: {message}") for method, task, message in found.messages]
-        shown.append(
-            (f"Tasks at {visible(found.title)}: scores of 0 to 100; ppl, longppl: perplexities", result, messages)
+        messages = [visible(f"{method}, {task}: {message}") for method, task, message in scored.messages]
+        printed.append(
+            (f"Tasks at {visible(scored.title)}: scores of 0 to 100; ppl, longppl: perplexities", result, messages)
         )
-    return shown
+    return printed
 
 
 def show(rows: Sequence[Row], title: str) -> None:
@@ -85,7 +85,7 @@ def show(rows: Sequence[Row], title: str) -> None:
 
 
 def notes(rows: Sequence[Row]) -> str:
-    """What the columns count."""
+    """Return notes on the columns."""
     done = [r for r in rows if r["status"] == "ok"]
     if not done:
         return "No point is ok: see the messages above."

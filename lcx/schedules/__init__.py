@@ -1,1 +1,1 @@
-"""In which order do the steps run?  One file per method."""
+"""Schedules: the order of the steps.  One file per method."""

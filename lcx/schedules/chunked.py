@@ -12,15 +12,15 @@ class OneShot:
     """The whole prompt in one step."""
 
     def steps(self, length: int) -> list[tuple[int, int]]:
-        """(start, stop) of each step, in tokens."""
+        """Return (start, stop) of each step, in tokens."""
         return [(0, length)]
 
     def width(self, length: int) -> int:
-        """Tokens of the widest step."""
+        """Return the tokens of the widest step."""
         return length
 
     def chunk_size(self) -> int | None:
-        """Tokens of a chunk; None where the prompt is read in one step."""
+        """Return the tokens of a chunk; None where the prompt is read in one step."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""Drafting by prompt lookup: what followed the same tokens earlier in the text."""
+"""Drafting by prompt lookup: the tokens that followed the same n-gram earlier in the text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lcx.checks import whole
 
 
 class Draft(Protocol):
-    """A rule that drafts at most `num_tokens` tokens."""
+    """Rule that drafts at most `num_tokens` tokens."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -24,7 +24,7 @@ class Draft(Protocol):
 
 @dataclass(frozen=True)
 class Lookup:
-    """Drafts what followed the first earlier place at which the text's last tokens stand; the longest n-gram that occurs decides.
+    """Draft of the tokens after the first earlier place at which the text's last tokens stand; the longest n-gram that occurs decides.
 
     Prompt lookup decoding, Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding, with the defaults of transformers'
     `prompt_lookup_num_tokens` (10 tokens there) and `max_matching_ngram_size` (2).  Looks through prompt and new tokens alike.

@@ -1,4 +1,4 @@
-"""Measures one point: memory, latency and quality from the same session."""
+"""Measure one point: memory, latency and quality from the same session."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lcx.session_programs import Compiled
 from lcx.sweep.points import Point
 from lcx.sweep.schema import Row
 
-# what jaxlib says when memory is short
+# words of jaxlib's errors when memory is short
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "bad_alloc", "Unable to allocate")
 
 
 class Bench:
-    """Runs points on one loaded model and keeps what they share.
+    """Runner of points on one loaded model; keeps what the points share.
 
     Args:
       model: loaded in the points' type.
@@ -44,10 +44,10 @@ class Bench:
         self._ids: dict[str, np.ndarray] = {}
 
     def row(self, point: Point, reference: Point | None = None) -> Row:
-        """The row of a point, whatever happens to it: status ok, oom_predicted, oom, nonfinite or error.
+        """Return the row of a point, whatever happens to it: status ok, oom_predicted, oom, nonfinite or error.
 
         Args:
-          point: what to run.
+          point: method and length to run.
           reference: the dense point that it is compared with, or None where it is that itself.
         """
         try:
@@ -64,7 +64,7 @@ class Bench:
             return {"status": "oom" if any(word in text for word in OUT_OF_MEMORY) else "error", "message": short}
 
     def passages(self, point: Point) -> np.ndarray:
-        """int32 [B, text_tokens]: passages of the text, one a batch row, bos in front of each where the tokenizer puts it there.
+        """Return int32 [B, text_tokens]: passages of the text, one a batch row, bos in front of each where the tokenizer puts it there.
 
         Seed 0 begins with the text's start.
         """
@@ -75,7 +75,7 @@ class Bench:
         ids, length = self._ids[name], point.text_tokens - len(front)
         room = len(ids) - length
         if room < 0:
-            raise UserError(f"lengths: text {name!r} has {len(ids)} tokens, {length} are needed")
+            raise UserError(f"lengths: text {name!r} has {len(ids)} tokens, {length} are needed; shorten the lengths")
         if point.seed == 0:
             starts = np.linspace(0, room, point.batch).astype(int)
         else:
@@ -83,7 +83,7 @@ class Bench:
         return np.stack([np.concatenate([np.asarray(front, np.int32), ids[s : s + length]]) for s in starts])
 
     def measure(self, point: Point, reference: Point | None = None) -> Row:
-        """As `row`; raises what goes wrong."""
+        """Measure a point as `row` does, but raise what goes wrong."""
         layers, settings = self.model.layers, point.settings
         point.experiment.check_weights(self.model.config, self.model.sha256)
         ids = self.passages(point)
@@ -160,7 +160,7 @@ class Bench:
         return row
 
     def _static(self, point: Point, session: Session, compiled: Compiled) -> Row:
-        """The columns that compiling alone gives."""
+        """Return the columns that compiling gives."""
         experiment, config = point.experiment, self.model.config
         aux, dtype = experiment.load_aux(config), jnp.dtype(self.model.layers.dtype)
         sizes = (config, point.prompt, point.new_tokens)
@@ -202,7 +202,7 @@ class Bench:
         part.replace(path)
 
     def _stream(self, reference: Point) -> np.ndarray | None:
-        """The reference's residual stream of the continuation [B*M,E]; None: it has none, since it failed."""
+        """Return the reference's residual stream of the continuation [B*M,E]; None where the reference failed."""
         if self.streams is None:
             return self._kept.get(reference.key)
         path = self.streams / f"{reference.key}.npy"
@@ -210,7 +210,7 @@ class Bench:
 
 
 def memory_limit() -> int | None:
-    """Bytes that a point may take: the device's limit, or the machine's memory for a CPU; None where neither is known."""
+    """Return the bytes that a point may take: the device's limit, or the machine's memory for a CPU; None where neither is known."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -218,7 +218,7 @@ def memory_limit() -> int | None:
 
 
 def _segment_bytes(cache: list[Any], shapes: bool = False) -> dict[str, int]:
-    """Bytes by segment over all layers; "(probe)" is the prompt's last queries."""
+    """Return the bytes by segment over all layers; "(probe)" is the prompt's last queries."""
     count: Callable = shape_bytes if shapes else device_bytes
     total: dict[str, int] = {}
     for layer in cache:
@@ -229,7 +229,7 @@ def _segment_bytes(cache: list[Any], shapes: bool = False) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _count_cache_hits():
-    """Counts the programs that come from the persistent compile cache; yields a list with the count."""
+    """Count the programs that come from the persistent compile cache; yield a list with the count."""
     hits = [0]
 
     def listen(event: str, **_) -> None:

@@ -19,7 +19,7 @@ WATCH_S = 0.5
 def main(argv: list[str]) -> None:
     """Answer jobs on stdin until it ends."""
     start = time.perf_counter()
-    # what a library prints must not come between the answers
+    # the output of a library must not come between the answers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     _end_with_parent()
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """A child whose parent was killed must not go on: nobody would write its row."""
+    """End the child with its parent: nobody would write its row after that."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""A row as one line, shown as each point is done."""
+"""Line of text for a row, printed as each point is done."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from lcx.text import MIB, number, visible
 
 
 def line(row: Row) -> str:
-    """One row as one line of text."""
+    """Return one row as one line of text."""
     head = f"{visible(row['method']):<12} {row['length']:>7,} tokens  "
     if row["status"] != "ok":
         return f"{head}[{row['status']}] {visible(row['message'])}"

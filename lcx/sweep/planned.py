@@ -1,4 +1,4 @@
-"""What the points of a sweep need on devices that are not there: compiled, not run."""
+"""Needs of a sweep's points on devices that are not installed: compiled, not run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def planned_rows(
     devices: Sequence[Device],
     on_row: Callable[[PlanRow], None] | None = None,
 ) -> list[PlanRow]:
-    """A row for each device and point, with the programs that the point would run: prefill, the continuation's step, decode.
+    """Yield a row for each device and point, with the programs that the point would run: prefill, the continuation's step, decode.
 
     Args:
-      specs: as `lcx.sweep.points.specs` makes them; what differs in its seed alone is planned once.
+      specs: as `lcx.sweep.points.specs` makes them; points that differ only in their seed are planned once.
       models: name -> shape, for the models of the specs.
-      devices: what to plan for.
+      devices: devices of the plan.
       on_row: called with each row as it is done.
 
     Raises:
@@ -39,7 +39,7 @@ def planned_rows(
             where, spec = job
             settings = settings_of(spec)
             experiment, name = experiment_of(spec, settings), Path(spec["config"]).stem
-            # its prompt and the room after it
+            # the point's prompt and the room after it
             point = Point(name, experiment, spec["model"], "", spec["length"], settings, spec["dtype"], spec["batch"])
             row = estimate(
                 models[spec["model"]],
@@ -57,7 +57,7 @@ def planned_rows(
             return replace(row, job=replace(row.job, model=named))
 
         rows = []
-        # two at a time: while one waits for XLA the other traces
+        # two threads: while one waits for XLA the other traces
         for row in pool.map(one, shared):
             rows.append(row)
             if on_row is not None:

@@ -1,4 +1,4 @@
-"""What a sweep measures: points, resolved before anything runs, and resolved again from their spec in the process that runs them."""
+"""Points of a sweep, resolved before anything runs, and resolved again from their spec in the process that runs them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TASKS = ("ppl", "longppl", "passkey", "needle", "ruler")
 
 @dataclass(frozen=True)
 class Settings:
-    """What all points of a sweep share.
+    """Settings that all points of a sweep share.
 
     Attributes:
       continuation: tokens scored after the prompt.
@@ -35,7 +35,7 @@ class Settings:
       text: a name of `lcx.texts`.
       tasks: further quality figures, of TASKS.
       samples: of each task.
-      memory_limit: bytes; a point whose predicted peak is above is not run.  None: what the device or the machine has.
+      memory_limit: bytes; a point whose predicted peak is above is not run.  None: the memory of the device or the machine.
       allow_extrapolation: lengths beyond the model's context.
     """
 
@@ -89,7 +89,7 @@ class Point:
 
     @cached_property
     def key(self) -> str:
-        """Hash of everything that a row depends on, machine and version apart."""
+        """Return a hash of everything that a row depends on, machine and version apart."""
         parts = (self.experiment.recipe, self.experiment.schedule, self.aux_sha256, self.settings, *self.cell)
         if self.experiment.implementation is not None:
             parts = (*parts, self.experiment.implementation)
@@ -97,17 +97,17 @@ class Point:
 
     @property
     def cell(self) -> tuple:
-        """Where the point stands in its sweep."""
+        """Place of the point in its sweep."""
         return (self.method, *self.reference_cell)
 
     @property
     def reference_cell(self) -> tuple:
-        """What a point shares with the dense one that it is compared with."""
+        """Place that a point shares with the dense one that it is compared with."""
         return (self.model, self.dtype, self.batch, self.length, self.seed)
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The columns of a row that are known before it is measured."""
+        """Return the columns of a row that are known before it is measured."""
         return {
             "method": self.method,
             "model": self.model,
@@ -133,14 +133,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What resolving needs to know of a model: no weights."""
+    """Facts of a model that resolving needs: no weights."""
 
     config: ModelConfig
     sha256: str
 
 
 def aux_digest(experiment: Experiment, model: ModelConfig) -> str | None:
-    """sha256 of a method's arrays, names and values; None where it has none."""
+    """Return the sha256 of a method's arrays, names and values; None where it has none."""
     aux = experiment.load_aux(model)
     if aux is None:
         return None
@@ -152,7 +152,7 @@ def aux_digest(experiment: Experiment, model: ModelConfig) -> str | None:
 
 
 def experiment_of(spec: Mapping[str, Any], settings: Settings) -> Experiment:
-    """The method of a spec: its config is read, budgets become tokens.  Raises UserError for a config that is wrong."""
+    """Return the method of a spec: its config is read, budgets become tokens.  Raises UserError for a config that is wrong."""
     experiment = load_config(spec["config"], spec["changes"])
     if not isinstance(experiment, Experiment):
         raise UserError(f"configs: {spec['config']!r} is a sweep; allowed are configs of one method")
@@ -162,7 +162,7 @@ def experiment_of(spec: Mapping[str, Any], settings: Settings) -> Experiment:
         experiment = replace(experiment, implementation=spec["implementation"])
     if spec["chunk_size"] is not None:
         experiment = experiment.with_chunks(spec["chunk_size"])
-    # what keeps all tokens has no budget to share
+    # a method that keeps all tokens has no budget to share
     if experiment.recipe.has_budget:
         prompt = spec["length"] - settings.continuation
         experiment = experiment.with_budget(prompt, spec["budget"], spec["keep_ratio"])
@@ -175,7 +175,7 @@ def settings_of(spec: Mapping[str, Any]) -> Settings:
 
 
 def resolve(spec: Mapping[str, Any], loaded: Loaded) -> Point:
-    """The point of a spec.
+    """Return the point of a spec.
 
     Raises:
       UserError: a config that is wrong, or one that does not suit the point.
@@ -211,7 +211,7 @@ def specs(
     implementation: str | None = None,
     changes: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Specs of all points, length by length, the first config first: the others are compared with it.
+    """Return the specs of all points, length by length, the first config first: the others are compared with it.
 
     Args:
       sweep: its `keep_ratio` is the budget of every recipe that has one, unless `budget` or `keep_ratio` say else.
@@ -263,7 +263,7 @@ def specs(
 
 
 def card_of_point(point: Point) -> dict[str, Any]:
-    """What a report says of the point's method, as data: the config need not be at hand, and is not run, when a page is written."""
+    """Return the card of the point's method as data: the config need not be at hand, and is not run, when a page is written."""
     experiment = point.experiment
     return {
         "about": experiment.about,
@@ -273,12 +273,12 @@ def card_of_point(point: Point) -> dict[str, Any]:
 
 
 def jobs(found: Sequence[Mapping[str, Any]], models: Mapping[str, Loaded]) -> list[tuple[Point, Job]]:
-    """(point, job) of each spec.  Raises UserError for a point that cannot run; nothing has been compiled then."""
+    """Return (point, job) of each spec.  Raises UserError for a point that cannot run; nothing has been compiled then."""
     result: list[tuple[Point, Job]] = []
     dense: dict[tuple, tuple[str, Mapping[str, Any]]] = {}
     for spec in found:
         point = resolve(spec, models[spec["model"]])
-        # the first method of each cell is what the others are compared with
+        # the other methods of a cell are compared with its first
         key, reference = dense.get(point.reference_cell, (None, None))
         dense.setdefault(point.reference_cell, (point.key, spec))
         recipe = f"{point.experiment.recipe!r} {point.aux_sha256 or ''}".strip()

@@ -25,7 +25,7 @@ Env = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Launching:
-    """How the processes that run points are started.
+    """Settings of the processes that run points.
 
     Attributes:
       launcher: "local" for children of this machine; "slurm" for jobs, a point each; "submitit_local" and "submitit_debug" try the jobs
@@ -49,7 +49,7 @@ class Launching:
 
 @dataclass(frozen=True)
 class Ended:
-    """A sweep that has ended.
+    """Ended sweep.
 
     Attributes:
       store: its rows.
@@ -104,7 +104,7 @@ def run(
     _, jobs = resolve_all(sweep, settings, loaded, **(axes or {}))
     digest = hashlib.sha256(repr([j.key for j in jobs]).encode()).hexdigest()[:8]
     workdir = workdir or Path(f"runs/{name}-{digest}")
-    # refused before a folder is made
+    # a wrong request is refused before a folder is made
     launch = launcher(how, fork or workdir)
     store = open_sweep(workdir, jobs, fork)
     workdir = fork or workdir
@@ -129,7 +129,9 @@ def load_shapes(models: Sequence[str], sweep: Sweep, settings: Settings, accept_
         loaded[name] = Loaded(model.config, model.sha256)
         have = len(model.tokenizer.text_ids(text))
         if have < most:
-            raise UserError(f"lengths: text {settings.text!r} has {have} tokens, {most} are needed")
+            raise UserError(
+                f"lengths: text {settings.text!r} has {have} tokens, {most} are needed; shorten the lengths"
+            )
     return loaded
 
 
@@ -147,5 +149,5 @@ def launcher(how: Launching, workdir: Path) -> Callable[[Env], Launch]:
 
 
 def _on_cpu(env: Env) -> bool:
-    """Whether the children will run on a CPU; asked without starting JAX's backends."""
+    """Return True where the children will run on a CPU, without starting JAX's backends."""
     return env.get("JAX_PLATFORMS", "").startswith("cpu") or not Path("/dev/nvidia0").exists()

@@ -29,7 +29,7 @@ SHOWN = 6  # differences that a refusal lists
 
 
 def open_sweep(workdir: Path, found: Sequence[Job], fork: Path | None = None) -> Store:
-    """The store of a sweep, with all its points in it.
+    """Return the store of a sweep, with all its points in it.
 
     Args:
       workdir: where rows are; the same one again continues.
@@ -59,7 +59,7 @@ def open_sweep(workdir: Path, found: Sequence[Job], fork: Path | None = None) ->
 
 
 def differences(old: Sequence[Job], new: Sequence[Job]) -> str:
-    """What differs between two sets of points, field by field: `field old -> new`."""
+    """Return the differences between two sets of points, field by field: `field old -> new`."""
     cell = lambda j: tuple(j.spec["columns"][n] for n in ("method", "model", "dtype", "batch", "length", "seed"))
     before, after = {cell(j): j for j in old}, {cell(j): j for j in new}
     changed: dict[str, int] = {}
@@ -75,13 +75,13 @@ def differences(old: Sequence[Job], new: Sequence[Job]) -> str:
     for what, ones, others in (("without", before, after), ("new", after, before)):
         for at in [a for a in ones if a not in others]:
             changed[f"{what}: {at[0]} at {at[4]} tokens"] = 1
-    shown = list(changed)[:SHOWN]
-    rest = len(changed) - len(shown)
-    return "; ".join(shown) + (f"; and {rest} more" if rest > 0 else "")
+    listed = list(changed)[:SHOWN]
+    rest = len(changed) - len(listed)
+    return "; ".join(listed) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def run_here(model: Pretrained, points: Sequence[Point], on_row: Callable[[Row], None] | None = None) -> list[Row]:
-    """Rows of points in this process, for notebooks: no child, no store, no time limit.
+    """Run points in this process, for notebooks, and return their rows: no child, no store, no time limit.
 
     The first point of each (dtype, batch, length, seed) is what the others are compared with.
     """
@@ -90,8 +90,8 @@ def run_here(model: Pretrained, points: Sequence[Point], on_row: Callable[[Row],
     rows = []
     for point in points:
         reference = first.get(point.reference_cell)
-        found = bench.row(point, None if reference is None else reference[0])
-        row = whole_row(point.key, point.columns, found["status"], found)
+        figures = bench.row(point, None if reference is None else reference[0])
+        row = whole_row(point.key, point.columns, figures["status"], figures)
         first.setdefault(point.reference_cell, (point, row))
         row |= ratios(row, first[point.reference_cell][1])
         rows.append(row)
@@ -110,16 +110,16 @@ def run_methods(
     batch: int = 1,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Memory, latency and quality of methods at several lengths, in this process: a sweep for notebooks.
+    """Measure memory, latency and quality of methods at several lengths, in this process: a sweep for notebooks.
 
     Args:
       model: as `lcx.load` gives it.
       methods: name -> method; the first is what the others are compared with, so it should be dense.
       lengths: contexts in tokens, prompt and continuation.
       keep_ratio: budget of every method that has one, as a fraction of the prompt; None: their own.
-      settings: what is measured how often; by default 3 timed prefills, 16 decode steps, 256 tokens scored.
+      settings: measurements and their counts; by default 3 timed prefills, 16 decode steps, 256 tokens scored.
       batch: texts side by side.
-      on_row: called with each row as it is there; None: a line is printed.
+      on_row: called with each finished row; None: a line is printed.
 
     Returns:
       Rows as `lcx.report.figures` draws them, one a method and length.
@@ -153,7 +153,7 @@ def run_methods(
 
 
 def _named(methods: Mapping[str, Experiment | Recipe]) -> Mapping[str, Experiment | Recipe]:
-    """The methods; raises UserError unless they are named and each is an Experiment or a Recipe."""
+    """Return the methods; raise UserError unless they are named and each is an Experiment or a Recipe."""
     checks.kind("methods", methods, Mapping)
     if not methods:
         raise UserError(f"methods={methods!r}: give at least one, the dense one first")
@@ -166,7 +166,7 @@ def _named(methods: Mapping[str, Experiment | Recipe]) -> Mapping[str, Experimen
 def write_run(
     workdir: Path, found: Sequence[Job], models: Mapping[str, Any], settings: Settings, flags: Mapping[str, Any]
 ) -> None:
-    """Add this run to `run.json`: what was run by which command and versions, on what.
+    """Add this run to `run.json`: points, command, versions and machine.
 
     Args:
       workdir: of the sweep.
@@ -206,6 +206,6 @@ def write_run(
 
 
 def resolve_all(sweep, settings: Settings, models: Mapping[str, Loaded], **axes) -> tuple[list[Point], list[Job]]:
-    """Points and jobs of a sweep; arguments as `points.specs`."""
-    found = jobs(specs(sweep, settings, models=list(models), **axes), models)
-    return [p for p, _ in found], [j for _, j in found]
+    """Return points and jobs of a sweep; arguments as `points.specs`."""
+    pairs = jobs(specs(sweep, settings, models=list(models), **axes), models)
+    return [p for p, _ in pairs], [j for _, j in pairs]

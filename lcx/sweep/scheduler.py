@@ -1,4 +1,4 @@
-"""Runs the jobs of a store in child processes: starts and replaces them, ends those that hang, writes each row as it comes.
+"""Scheduler of a store's jobs in child processes: starts and replaces them, ends those that hang, writes each row as it comes.
 
 The protocol is lines of JSON.  A child says {"ready": {...}} once, then answers each {"key", "spec"} with {"key", "row"}.  This module
 imports no JAX: a point that takes its child down takes nothing else with it.
@@ -33,14 +33,14 @@ OnRow = Callable[[Job, Row], None]
 
 
 class Runner(Protocol):
-    """What runs points: a child process, or a batch system's job after the other."""
+    """Runner of points: a child process, or a batch system's job after the other."""
 
     def run(self, job: Job, limit: float) -> Row:
-        """The row of a job within `limit` seconds.  Raises ChildFailed, Stopped."""
+        """Return the row of a job within `limit` seconds.  Raises ChildFailed, Stopped."""
         ...
 
     def kill(self) -> None:
-        """End what is running."""
+        """End the running job."""
         ...
 
 
@@ -48,11 +48,11 @@ Launch = Callable[[int, threading.Event], Runner]  # (number of the worker, set 
 
 
 class Stopped(Exception):
-    """The user has asked to stop."""
+    """Request of the user to stop."""
 
 
 class ChildFailed(Exception):
-    """A child that ended or hung; `status` of the point that it had."""
+    """Failure of a child that ended or hung; `status` of the point that it had."""
 
     def __init__(self, status: str, message: str):
         super().__init__(message)
@@ -60,7 +60,7 @@ class ChildFailed(Exception):
 
 
 def _oom_kills() -> int | None:
-    """How often the system has killed a process of this control group for memory; None where it does not tell."""
+    """Return how often the system has killed a process of this control group for memory; None where the system does not report it."""
     try:
         text = Path("/sys/fs/cgroup/memory.events").read_text()
         return int(dict(line.split() for line in text.splitlines())["oom_kill"])
@@ -82,7 +82,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=env,
-                # a Ctrl-C on the terminal reaches the parent alone
+                # a Ctrl-C on the terminal reaches only the parent
                 start_new_session=True,
             )
         try:
@@ -93,7 +93,7 @@ class Child:
             raise
 
     def run(self, job: Job, limit: float) -> Row:
-        """The row of a job.  Raises ChildFailed, Stopped."""
+        """Return the row of a job.  Raises ChildFailed, Stopped."""
         assert self.process.stdin is not None  # noqa: S101, a pipe
         try:
             self.process.stdin.write(json.dumps({"key": job.key, "spec": job.spec}).encode() + b"\n")
@@ -147,7 +147,7 @@ class Child:
             return ""
 
     def kill(self) -> None:
-        """End the child at once, and what it has started."""
+        """End the child at once, and the processes that it has started."""
         if self.process.poll() is None:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -159,12 +159,12 @@ class Child:
                 try:
                     pipe.close()
                 except OSError:
-                    # what was written to a dead child is lost
+                    # a request written to a dead child is lost
                     continue
 
 
 def children(command: Sequence[str], logs: Path, env: dict[str, str] | None = None) -> Launch:
-    """Child processes of this machine.
+    """Return a launcher of child processes on this machine.
 
     Args:
       command: of a child.
@@ -177,12 +177,12 @@ def children(command: Sequence[str], logs: Path, env: dict[str, str] | None = No
 
 @dataclass
 class Scheduler:
-    """Runs what a store holds.
+    """Scheduler of the jobs that a store holds.
 
     Attributes:
       store: the points.
       launch: starts what runs points.
-      workers: how many side by side.
+      workers: number of children side by side.
       isolate: when a child is replaced: after each "point", between groups ("recipe"), or only when it failed ("none").
       time_limit: seconds a point may take.
       on_row: called with (job, row) as each is on disk; one call at a time.
@@ -199,7 +199,7 @@ class Scheduler:
     _failure: BaseException | None = None
 
     def run(self) -> None:
-        """Until every point has ended, or `stop` is set.
+        """Run until every point has ended, or `stop` is set.
 
         Raises:
           UserError: the store cannot be written, or no child can start.
@@ -253,7 +253,7 @@ class Scheduler:
                 if job is None:
                     if self.store.unfinished() == 0:
                         return
-                    # what is left runs elsewhere, or waits for its reference
+                    # the remaining points run elsewhere, or wait for their references
                     self.stop.wait(TICK_S)
                     continue
                 if child is not None and (self.isolate == "point" or (self.isolate == "recipe" and job.group != group)):

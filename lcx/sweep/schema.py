@@ -1,4 +1,4 @@
-"""Columns of a row: what each means, its unit, and whether it is measured (another run may give another value)."""
+"""Columns of a row: the meaning of each, its unit, and whether it is measured (another run may give another value)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """`kind`: str, int, float or json.  `measured`: depends on the machine and the moment."""
+    """Column of a row.  `kind`: str, int, float or json.  `measured`: depends on the machine and the moment."""
 
     name: str
     kind: str
@@ -65,7 +65,11 @@ COLUMNS = (
     Column("compile_s", "float", "tracing and compiling ahead of all programs, s", True),
     Column("compile_cache_hits", "int", "programs that the persistent compile cache had already", True),
     Column("programs", "int", "distinct programs of layers"),
-    Column("overflow", "int", "pages that a pattern wanted to read and its lists had no place for, over all steps; 0 is exact"),
+    Column(
+        "overflow",
+        "int",
+        "pages that a pattern wanted to read and its lists had no place for, over all steps; 0 is exact",
+    ),
     Column("cache_bytes", "int", "device bytes of all cache arrays after the prompt; room for the new tokens included"),
     Column("recipe_bytes", "int", "the same as recipe.bytes predicts it"),
     Column("segment_bytes", "json", "cache_bytes by segment: name -> [arrays, predicted]"),
@@ -82,7 +86,7 @@ COLUMNS = (
     Column("nll", "float", "mean negative log likelihood of the continuation, nats a token"),
     Column("kl", "float", "KL(dense || method) over the continuation, nats a token"),
     Column("top1_agreement", "float", "share of the continuation's tokens whose likeliest next token is dense's"),
-    Column("tasks", "json", "scores of the tasks that --tasks asked for"),
+    Column("tasks", "json", "scores of the tasks requested by --tasks"),
     Column("device", "str", "what times were measured on", True),
     Column("host", "str", "machine", True),
     Column("child_start_s", "float", "the child's start: imports and weights, s", True),
@@ -101,13 +105,13 @@ RATIOS = (
 
 
 def whole_row(key: str, columns: Mapping[str, Any], status: str, row: Mapping[str, Any] | None) -> Row:
-    """Every column of a point in the schema's order: what is known beforehand, its status, and its row where there is one."""
-    found = {**columns, **(row or {}), "key": key, "status": status}
-    return {c.name: found.get(c.name) for c in COLUMNS}
+    """Return every column of a point in the schema's order: known values, its status, and its row where there is one."""
+    values = {**columns, **(row or {}), "key": key, "status": status}
+    return {c.name: values.get(c.name) for c in COLUMNS}
 
 
 def ratios(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> Row:
-    """The columns that set a row beside its reference; None where either has no value."""
+    """Return the columns that set a row beside its reference; None where either row has no value."""
     dense = dense or {}
 
     def over(name: str, same: bool = True):

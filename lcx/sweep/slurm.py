@@ -20,7 +20,7 @@ POLL_S = 0.5
 
 
 def run_point(workdir: Path, key: str, spec: Mapping[str, Any], accept_licence: bool) -> Row:
-    """What a job does."""
+    """Run one point: the function of a batch job."""
     import time
 
     start = time.perf_counter()
@@ -33,7 +33,7 @@ def run_point(workdir: Path, key: str, spec: Mapping[str, Any], accept_licence: 
 
 
 class BatchJobs:
-    """Submits one job a point and waits for it."""
+    """Runner that submits one job a point and waits for it."""
 
     def __init__(self, executor, workdir: Path, accept_licence: bool, stop: threading.Event):
         self.executor, self.workdir, self.accept_licence, self.stop = executor, workdir, accept_licence, stop
@@ -62,7 +62,7 @@ class BatchJobs:
 def batch_jobs(
     cluster: str, workdir: Path, time_limit: float, parameters: Mapping[str, Any], accept_licence: bool = False
 ) -> Launch:
-    """Jobs of a cluster.
+    """Return a launcher of a cluster's jobs.
 
     Args:
       cluster: "slurm"; "local" and "debug" are submitit's executors of this machine.

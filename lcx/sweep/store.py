@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS points (
 
 @dataclass(frozen=True)
 class Job:
-    """A point as scheduler and store know it.
+    """Point in the form that scheduler and store share.
 
     Attributes:
       key: hash of the point.
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Owner:
-    """A worker that claims points: process, its start time (a process number is used again), and a name within it."""
+    """Worker that claims points: process, its start time (a process number is used again), and a name within it."""
 
     name: str
     host: str
@@ -68,7 +68,7 @@ class Owner:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this machine began, in ticks since boot; None where there is none (or the system does not tell)."""
+    """Return the start of a process of this machine, in ticks since boot; None without such a process, or where none is reported."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -88,7 +88,7 @@ def _alive(pid: int, born: str) -> bool:
 
 
 class Store:
-    """The points of a sweep in `<workdir>/rows.sqlite`.
+    """Store of a sweep's points in `<workdir>/rows.sqlite`.
 
     Raises:
       UserError: the folder cannot be written, or the file is damaged, no such store, or one of another version.
@@ -97,7 +97,7 @@ class Store:
     def __init__(self, workdir: Path, create: bool = True):
         self.path = workdir / FILE
         if not create and not self.path.exists():
-            raise UserError(f"workdir={str(workdir)!r} holds no sweep: there is no {FILE}")
+            raise UserError(f"workdir={str(workdir)!r} holds no sweep: it has no {FILE}")
         try:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -108,9 +108,9 @@ class Store:
                 raise UserError(
                     f"workdir: {self.path} has schema {version}, this version reads {VERSION}; give another --workdir"
                 )
-            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise UserError(_damaged(self.path, found))
+            verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if verdict != "ok":
+                raise UserError(_damaged(self.path, verdict))
             db.execute(_TABLE)
             db.execute(f"PRAGMA user_version = {VERSION}")
 
@@ -132,7 +132,7 @@ class Store:
                 db.close()
 
     def add(self, jobs: Sequence[Job]) -> None:
-        """Put the jobs there that are missing, in their order; what is there keeps its row."""
+        """Add the missing jobs, in their order; present ones keep their row."""
         with self._open(sum(len(json.dumps(j.spec)) for j in jobs)) as db:
             for place, j in enumerate(jobs):
                 db.execute(
@@ -151,18 +151,18 @@ class Store:
                 )
 
     def claim(self, owner: Owner, group: str | None = None) -> Job | None:
-        """Take the next point that nobody has and whose reference has ended, one of `group` first; None: there is none now."""
+        """Claim the next point that nobody has and whose reference has ended, one of `group` first; None: there is none now."""
         with self._open() as db:
             self._free_dead(db)
-            found = db.execute(
+            claimed = db.execute(
                 "SELECT key, spec, grp, reference FROM points AS p WHERE status = 'todo' AND (reference IS NULL OR NOT EXISTS "
                 "(SELECT 1 FROM points AS r WHERE r.key = p.reference AND r.status IN ('todo', 'running'))) "
                 "ORDER BY grp IS NOT ?, place LIMIT 1",
                 (group,),
             ).fetchone()
-            if found is None:
+            if claimed is None:
                 return None
-            key, spec, grp, reference = found
+            key, spec, grp, reference = claimed
             db.execute(
                 "UPDATE points SET status = 'running', owner = ?, host = ?, pid = ?, born = ?, heartbeat = ? WHERE key = ?",
                 (owner.name, owner.host, owner.pid, owner.born, time.time(), key),
@@ -171,22 +171,22 @@ class Store:
 
     @staticmethod
     def _free_dead(db: sqlite3.Connection) -> None:
-        here, now = socket.gethostname(), time.time()
+        own_host, now = socket.gethostname(), time.time()
         for key, host, pid, born, beat in db.execute(
             "SELECT key, host, pid, born, heartbeat FROM points WHERE status = 'running'"
         ).fetchall():
-            if (not _alive(pid, born)) if host == here else (now - beat > STALE_S):
+            if (not _alive(pid, born)) if host == own_host else (now - beat > STALE_S):
                 db.execute("UPDATE points SET status = 'todo', owner = NULL WHERE key = ?", (key,))
 
     def beat(self, owner: Owner) -> None:
-        """Say that the owner of its claims still lives."""
+        """Record that the worker still lives, for its claims."""
         with self._open() as db:
             db.execute(
                 "UPDATE points SET heartbeat = ? WHERE owner = ? AND status = 'running'", (time.time(), owner.name)
             )
 
     def release(self, owner: Owner) -> None:
-        """Give back what the owner has claimed and not finished."""
+        """Release the unfinished claims of the owner."""
         with self._open() as db:
             db.execute(
                 "UPDATE points SET status = 'todo', owner = NULL WHERE owner = ? AND status = 'running'", (owner.name,)
@@ -205,7 +205,7 @@ class Store:
             return done.rowcount == 1
 
     def reset(self, statuses: Sequence[str]) -> int:
-        """Make points that ended so ready to run again; how many."""
+        """Make points that ended with these statuses ready to run again, and return their number."""
         marks = ",".join("?" * len(statuses))
         with self._open() as db:
             query = f"UPDATE points SET status = 'todo', row = NULL WHERE status IN ({marks})"  # noqa: S608, marks only
@@ -216,24 +216,24 @@ class Store:
             return db.execute("SELECT COUNT(*) FROM points WHERE status IN ('todo', 'running')").fetchone()[0]
 
     def jobs(self) -> list[Job]:
-        """All points in their order."""
+        """Return all points in their order."""
         with self._open() as db:
-            found = db.execute("SELECT key, spec, grp, reference FROM points ORDER BY place").fetchall()
-        return [Job(key, json.loads(spec), grp, reference) for key, spec, grp, reference in found]
+            stored = db.execute("SELECT key, spec, grp, reference FROM points ORDER BY place").fetchall()
+        return [Job(key, json.loads(spec), grp, reference) for key, spec, grp, reference in stored]
 
     def rows(self) -> dict[str, Row]:
-        """Key -> row of every point that has ended, in the sweep's order."""
+        """Return key -> row of every point that has ended, in the sweep's order."""
         with self._open() as db:
-            found = db.execute("SELECT key, row FROM points WHERE row IS NOT NULL ORDER BY place").fetchall()
-        return {key: json.loads(row) for key, row in found}
+            stored = db.execute("SELECT key, row FROM points WHERE row IS NOT NULL ORDER BY place").fetchall()
+        return {key: json.loads(row) for key, row in stored}
 
     def points(self) -> list[tuple[Job, str, Row | None]]:
-        """(job, status, row or None) of every point, in the sweep's order."""
+        """Return (job, status, row or None) of every point, in the sweep's order."""
         with self._open() as db:
-            found = db.execute("SELECT key, spec, grp, reference, status, row FROM points ORDER BY place").fetchall()
+            stored = db.execute("SELECT key, spec, grp, reference, status, row FROM points ORDER BY place").fetchall()
         return [
             (Job(key, json.loads(spec), grp, reference), status, None if row is None else json.loads(row))
-            for key, spec, grp, reference, status, row in found
+            for key, spec, grp, reference, status, row in stored
         ]
 
 
@@ -252,8 +252,8 @@ def _use_wal(db: sqlite3.Connection) -> None:
 
 
 def salvage(path: Path) -> list[tuple[Job, str, Row | None]]:
-    """What can still be read of a damaged store, row by row; nothing is written to it."""
-    found = []
+    """Return the readable rows of a damaged store, one by one; nothing is written to it."""
+    readable = []
     db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
     try:
         count = db.execute("SELECT MAX(rowid) FROM points").fetchone()[0] or 0
@@ -268,14 +268,14 @@ def salvage(path: Path) -> list[tuple[Job, str, Row | None]]:
             if got is not None:
                 key, spec, grp, reference, status, row = got
                 row = None if row is None else json.loads(row)
-                found.append((Job(key, json.loads(spec), grp, reference), status, row))
+                readable.append((Job(key, json.loads(spec), grp, reference), status, row))
         except (sqlite3.DatabaseError, ValueError):
             broken += 1
             if broken > 1_000:
                 # not a single page is readable from here on
                 break
     db.close()
-    return found
+    return readable
 
 
 def _damaged(path: Path, what: str) -> str:

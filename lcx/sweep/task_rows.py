@@ -1,4 +1,4 @@
-"""The quality figures of a row that --tasks asks for, each at the point's length."""
+"""Quality figures of a row that --tasks requests, each at the point's length."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ PPL_WINDOWS = 4  # half-overlapping windows of the sliding perplexity
 
 
 def task_scores(model: Pretrained, point: Point) -> dict[str, Any]:
-    """Name of the task -> its figures: scores are 0 to 100, perplexities exp(nats).
+    """Return name of the task -> its figures: scores are 0 to 100, perplexities exp(nats).
 
     A task that cannot be made for the point, such as a prompt that does not fit the length, says why: {"message": ...}.  The point has
     its other figures all the same.
     """
     makers = {"ruler": _ruler, "needle": _needle, "passkey": _passkey, "ppl": _ppl, "longppl": _longppl}
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name in point.settings.tasks:
         try:
-            found[name] = makers[name](model, point)
+            figures[name] = makers[name](model, point)
         except UserError as error:
-            found[name] = {"message": str(error)}
-    return found
+            figures[name] = {"message": str(error)}
+    return figures
 
 
 def _run(model: Pretrained, point: Point, samples):
@@ -38,7 +38,7 @@ def _run(model: Pretrained, point: Point, samples):
 
 
 def _ruler(model: Pretrained, point: Point) -> dict[str, Any]:
-    """Each of RULER's 13 tasks with `samples` prompts, and their mean."""
+    """Return the scores of RULER's 13 tasks with `samples` prompts each, and their mean."""
     encode, scores = encoder(model), {}
     for name in tasks.RULER:
         samples = tasks.generate(name, encode, point.length, point.settings.samples, seed=42 + point.seed)
@@ -47,7 +47,7 @@ def _ruler(model: Pretrained, point: Point) -> dict[str, Any]:
 
 
 def _needle(model: Pretrained, point: Point) -> dict[str, Any]:
-    """One row of the needle grid: a value in prose at each of DEPTHS, the mean over `samples` needles."""
+    """Return one row of the needle grid: a value in prose at each of DEPTHS, the mean over `samples` needles."""
     cells = []
     for seed in range(point.settings.samples):
         samples = tasks.needle_grid(encoder(model), [point.length], DEPTHS, seed=42 + point.seed + seed)
@@ -68,13 +68,13 @@ def _ids(model: Pretrained, point: Point, count: int) -> np.ndarray:
 
 
 def _ppl(model: Pretrained, point: Point) -> float:
-    """Sliding windows of the point's length, half of it apart."""
+    """Return the perplexity by sliding windows of the point's length, half of it apart."""
     stride = max(1, point.length // 2)
     ids = _ids(model, point, point.length + (PPL_WINDOWS - 1) * stride)
     return sliding_perplexity(model, point.experiment, ids, point.length, stride).perplexity
 
 
 def _longppl(model: Pretrained, point: Point) -> float:
-    """LongPPL of a text of the point's length; the short context is half of it, at most the paper's 4,096 tokens."""
+    """Return LongPPL of a text of the point's length; the short context is half of it, at most the paper's 4,096 tokens."""
     short = min(4_096, point.length // 2)
     return long_perplexity(model, point.experiment, _ids(model, point, point.length), short=short, step=short // 4)

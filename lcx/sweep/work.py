@@ -17,7 +17,7 @@ from lcx.sweep.schema import Row
 
 
 class Worker:
-    """Loads the model that a spec names, when it changes, and runs the spec's point.
+    """Worker that loads the model of a spec, when it changes, and runs the spec's point.
 
     Attributes:
       load_s: seconds that loading the present model took.

@@ -27,7 +27,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class CwePlan:
-    """A list, and the worked example before it with `num_others` uncommon words."""
+    """List of words, and the worked example before it with `num_others` uncommon words."""
 
     counts: Counts
     example: Counts
@@ -43,7 +43,7 @@ NUMBER_WORDS = {3: "three", NUM_COMMON: "ten"}
 
 
 def _list_question(order, words: list[str], counts: Counts) -> tuple[str, str]:
-    """(list and question, answer prefix); the first words are the common ones."""
+    """Return (list and question, answer prefix); the first words are the common ones."""
     common, others = words[: counts.num_common], words[counts.num_common :]
     items = common * counts.common + others * counts.rare
     items = [items[i] for i in order.permutation(len(items))]
@@ -59,15 +59,15 @@ def _list_question(order, words: list[str], counts: Counts) -> tuple[str, str]:
 def _cwe(rng, shared, size, plan: CwePlan) -> Draft:
     in_example = plan.example.num_common + plan.num_others
     words = distinct_words(rng, in_example + NUM_COMMON + size)
-    shown, words = words[:in_example], words[in_example:]
-    example, prefix = _list_question(shared, shown, plan.example)
-    answer = " ".join(f"{i + 1}. {word}" for i, word in enumerate(shown[: plan.example.num_common]))
+    worked, words = words[:in_example], words[in_example:]
+    example, prefix = _list_question(shared, worked, plan.example)
+    answer = " ".join(f"{i + 1}. {word}" for i, word in enumerate(worked[: plan.example.num_common]))
     body, last = _list_question(shared, words, plan.counts)
     return Draft(f"{example}\n{prefix} {answer}\n\n{body}", last, tuple(words[:NUM_COMMON]))
 
 
 def cwe(name: str) -> Form:
-    """Common words: ten words 30 times, the others 3 times (6 and 1 below 4,096 tokens).  Unit of size: uncommon words.
+    """Build common words: ten words 30 times, the others 3 times (6 and 1 below 4,096 tokens).  Unit of size: uncommon words.
 
     A worked example comes first, of other words than the list: 40 words 10 and 3 times (20 words, 3 and 1 times, below 4,096
     tokens), ten of them common.  Where list and example do not fit with ten uncommon words, these are tried in turn: at 4,096 and above
@@ -84,10 +84,10 @@ def cwe(name: str) -> Form:
 
 def _fwe(rng, shared, size, vocabulary: int) -> Draft:
     letters = string.ascii_lowercase
-    found: dict[str, None] = {}
-    while len(found) < vocabulary:
-        found["".join(letters[i] for i in rng.integers(0, 26, 6))] = None
-    words = [DOTS, *list(found)[1:]]
+    coded: dict[str, None] = {}
+    while len(coded) < vocabulary:
+        coded["".join(letters[i] for i in rng.integers(0, 26, 6))] = None
+    words = [DOTS, *list(coded)[1:]]
     times = [math.floor(size / (ZETA_2 * rank**2)) for rank in range(1, vocabulary + 1)]
     items = [word for word, n in zip(words, times, strict=True) for _ in range(n)]
     text = " ".join(items[i] for i in rng.permutation(len(items)))
@@ -99,7 +99,7 @@ def _fwe(rng, shared, size, vocabulary: int) -> Draft:
 
 
 def fwe(name: str) -> Form:
-    """Frequent words: coded words of six letters, the word of rank r floor(n r^-2 / zeta(2)) times, rank 1 written as dots.
+    """Build frequent words: coded words of six letters, the word of rank r floor(n r^-2 / zeta(2)) times, rank 1 written as dots.
 
     The answer is ranks 2, 3, 4.  The vocabulary is (budget - 50) / 50 words, at least 5.  Unit of size: n; at least 74, from where on
     rank 4 is above rank 5.

@@ -88,7 +88,7 @@ def _article(noun: str) -> str:
 
 
 def qa_1(name: str) -> Form:
-    """One gold card: a fact about a person.  Distractors are taken from the gold card's article (its town) first.
+    """Build one gold card: a fact about a person.  Distractors are taken from the gold card's article (its town) first.
 
     Stand-in for SQuAD.  Unit of size: distractors.
     """
@@ -96,7 +96,7 @@ def qa_1(name: str) -> Form:
 
 
 def qa_2(name: str) -> Form:
-    """Two gold cards to join: where a person works, and where that company was founded.
+    """Build two gold cards to join: where a person works, and where that company was founded.
 
     Stand-in for HotpotQA.  Unit of size: distractors, half of them people, half companies.
     """

@@ -20,12 +20,12 @@ GRID, PASSKEY, KV = 100, 101, 102  # numbers of the tasks, as RULER's have their
 
 
 def needle_lengths(shortest: int = 1_000, longest: int = 16_000, points: int = 35) -> list[int]:
-    """Lengths of the grid in tokens, evenly spaced and rounded."""
+    """Return the lengths of the grid in tokens, evenly spaced and rounded."""
     return [int(length) for length in np.round(np.linspace(shortest, longest, points))]
 
 
 def needle_depths(points: int = 35, sigmoid: bool = False) -> list[float]:
-    """Depths of the grid, 0 to 100 percent: evenly spaced, or denser at both ends along a logistic curve."""
+    """Return the depths of the grid, 0 to 100 percent: evenly spaced, or denser at both ends along a logistic curve."""
     depths = np.linspace(0, 100, points)
     if sigmoid:
         inner = 100 / (1 + np.exp(-0.1 * (depths - 50)))
@@ -42,7 +42,7 @@ def needle_grid(
     seed: int = 42,
     template: Callable[[str], str] | None = None,
 ) -> list[Sample]:
-    """A sample for each length and depth, lengths first.
+    """Return a sample for each length and depth, lengths first.
 
     The needle goes to token floor(length of the prose * depth), moved back to the end of the sentence before; 100 appends it.  Several
     needles, values of one key, follow at distances of (100 - depth) / needles percent.  A length is a budget that includes
@@ -96,7 +96,7 @@ def passkey(
     seed: int = 42,
     template: Callable[[str], str] | None = None,
 ) -> list[Sample]:
-    """Lines of noise around one that states a 5-digit key twice; the first integer of the output must equal it.
+    """Build lines of noise around one that states a 5-digit key twice; the first integer of the output must equal the key.
 
     InfiniteBench, arXiv:2402.13718: `positions` evenly spaced places with `keys` random keys each, positions first.
 
@@ -129,7 +129,7 @@ def kv_retrieval(
     seed: int = 42,
     template: Callable[[str], str] | None = None,
 ) -> list[Sample]:
-    """A JSON object of uuid pairs; the value of one key must be a word of the output.  The asked pair sweeps the object.
+    """Build a JSON object of uuid pairs; the value of one key must be a word of the output.  The requested pair sweeps the object.
 
     InfiniteBench, arXiv:2402.13718.  Arguments and errors are those of `passkey`.
     """

@@ -1,4 +1,4 @@
-"""What needles lie in: lines of noise, or the prose of a novel cut at a number of words."""
+"""Haystacks of the needle tasks: lines of noise, or the prose of a novel cut at a number of words."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def novel_words() -> tuple[str, ...]:
 
 
 def prose(num_words: int) -> list[str]:
-    """Sentences of the first `num_words` words of the novel, repeated cyclically; the last one is cut and closed with a point."""
+    """Return sentences of the first `num_words` words of the novel, repeated cyclically; the last one is cut and closed with a point."""
     words = novel_words()
     words = list((words * (num_words // len(words) + 1))[:num_words])
     if not ends_sentence(words[-1]):
@@ -38,7 +38,7 @@ def prose(num_words: int) -> list[str]:
 
 
 def in_prose(rng: np.random.Generator, needles: list[str], num_words: int) -> tuple[str, tuple[float, ...]]:
-    """Prose with each needle at a sentence boundary, at depths drawn without replacement from 40 points.
+    """Return prose with each needle at a sentence boundary, at depths drawn without replacement from 40 points.
 
     Returns:
       The text, and the depths in percent of the sentences.
@@ -50,7 +50,7 @@ def in_prose(rng: np.random.Generator, needles: list[str], num_words: int) -> tu
 
 
 def in_lines(rng: np.random.Generator, needles: list[str], lines: list[str]) -> tuple[str, tuple[float, ...]]:
-    """Each needle on a line of its own, in this order, before distinct random lines.
+    """Return distinct random lines with each needle on a line of its own, in this order.
 
     Returns:
       The text, and the depths in percent of the lines.
@@ -60,9 +60,9 @@ def in_lines(rng: np.random.Generator, needles: list[str], lines: list[str]) -> 
 
 
 def insert(parts: list[str], needles: list[str], slots: list[int]) -> list[str]:
-    """`parts` with each needle before the part of its slot; slots rise."""
-    found = list(parts)
+    """Insert each needle before the part of its slot; slots rise."""
+    result = list(parts)
     # the last first, so that the numbers of the parts before it hold
     for needle, slot in list(zip(needles, slots, strict=True))[::-1]:
-        found.insert(slot, needle)
-    return found
+        result.insert(slot, needle)
+    return result

@@ -26,7 +26,7 @@ class Niah:
       keys, values: "word", "number" or "uuid".
       num_keys: needles with different keys, the distractors of a haystack of needles not counted.
       num_values: values, and so needles, of a key.
-      num_asked: keys that are asked for.
+      num_asked: requested keys.
     """
 
     haystack: str
@@ -50,34 +50,34 @@ NIAH = {
 
 
 def distinct(rng: np.random.Generator, kind: str, count: int) -> list[str]:
-    """Different words (adjective-noun), numbers (7 digits, the first not 0) or uuids (version 4).
+    """Return different words (adjective-noun), numbers (7 digits, the first not 0) or uuids (version 4).
 
     The first of them do not depend on `count`, so that a haystack that grows keeps its needles.
     """
     if kind == "word":
         picks = rng.permutation(MOST_KEYS)[:count]
         return [f"{ADJECTIVES[i // len(NOUNS)]}-{NOUNS[i % len(NOUNS)]}" for i in picks]
-    found: dict[str, None] = {}
-    while len(found) < count:
+    values: dict[str, None] = {}
+    while len(values) < count:
         if kind == "number":
-            found[str(int(rng.integers(1_000_000, 10_000_000)))] = None
+            values[str(int(rng.integers(1_000_000, 10_000_000)))] = None
         else:
-            found[str(uuid.UUID(bytes=rng.bytes(16), version=4))] = None
-    return list(found)
+            values[str(uuid.UUID(bytes=rng.bytes(16), version=4))] = None
+    return list(values)
 
 
 def needle(kind: str, key: str, value: str) -> str:
-    """The sentence that gives a key its value."""
+    """Return the sentence that gives a key its value."""
     return f"One special magic {kind} for {key} is {value}."
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names joined by commas, the last by ", and"."""
+    """Join names by commas, the last by ", and"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])}, and {names[-1]}"
 
 
 def ask(kind: str, keys: Sequence[str], num_values: int) -> tuple[str, str, str]:
-    """(instruction, question, answer prefix) for these keys; singular if one value is wanted."""
+    """Return (instruction, question, answer prefix) for these keys; singular if one value is requested."""
     names = listed(keys)
     if len(keys) * num_values == 1:
         instruction = f"A special magic {kind} is hidden in the text below. Memorize it; a question about it comes after the text."
@@ -89,7 +89,7 @@ def ask(kind: str, keys: Sequence[str], num_values: int) -> tuple[str, str, str]
 
 
 def form(name: str) -> Form:
-    """How a needle task is made.  Unit of size: lines of noise, words of prose, or other needles."""
+    """Return the form of a needle task.  Unit of size: lines of noise, words of prose, or other needles."""
     task = NIAH[name]
     num_needles = task.num_keys * task.num_values
 

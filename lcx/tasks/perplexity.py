@@ -1,4 +1,4 @@
-"""Which tokens count in windowed perplexity and in LongPPL: plain numpy, no model."""
+"""Tokens that count in windowed perplexity and in LongPPL: plain numpy, no model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lcx.errors import UserError
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens start..stop-1 are read, of which first..stop-1 count."""
+    """Window that reads tokens start..stop-1, of which first..stop-1 count."""
 
     start: int
     stop: int
@@ -29,7 +29,7 @@ def _check(**values: int) -> None:
 
 
 def sliding_windows(n: int, max_len: int, stride: int) -> list[Window]:
-    """Windows from 0, stride, 2 stride, ... of `max_len` tokens; only tokens that no window before has counted count.
+    """Return windows from 0, stride, 2 stride, ... of `max_len` tokens; a token counts in the first window that reads it.
 
     Their counts sum to n.  The last window is the first that reaches the end, and may be shorter.  Fact sheet, section 5.
 
@@ -55,7 +55,7 @@ def sliding_windows(n: int, max_len: int, stride: int) -> list[Window]:
 
 
 def longppl_windows(n: int, short: int = 4_096, step: int = 1_024) -> list[Window]:
-    """Short contexts of LongPPL: windows of `short + step` tokens every `step`, whose last `step` tokens count.
+    """Return the short contexts of LongPPL: windows of `short + step` tokens every `step`, whose last `step` tokens count.
 
     The first `short` tokens never count, so counts sum to max(0, n - short).  LongPPL, arXiv:2410.23771; fact sheet, section 5.
 
@@ -68,7 +68,7 @@ def longppl_windows(n: int, short: int = 4_096, step: int = 1_024) -> list[Windo
 
 
 def longppl_keys(nll_short, nll_long, alpha: float = 2.0, beta: float = 2.0) -> np.ndarray:
-    """Key tokens of LongPPL: what a long context helps with and makes likely, under a strong evaluator.
+    """Return the key tokens of LongPPL: those that a long context helps with and makes likely, under a strong evaluator.
 
     Args:
       nll_short, nll_long: float [N], -log p in nats of each token after the short and the long context, both at the token's own
@@ -86,7 +86,7 @@ def longppl_keys(nll_short, nll_long, alpha: float = 2.0, beta: float = 2.0) -> 
 
 
 def longppl(nll, keys) -> float:
-    """exp of the mean NLL over key tokens, of the tested model or method.
+    """Return exp of the mean NLL over key tokens, of the tested model or method.
 
     Args:
       nll: float [N], in nats, at the token's own index.

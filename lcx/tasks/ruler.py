@@ -18,11 +18,11 @@ from lcx.tasks.sizing import Encode, Form, fit_samples
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task.
+    """Specification of a task.
 
     Attributes:
       form: how samples are built and sized.
-      unit: what the haystack grows by.
+      unit: unit by which the haystack grows.
       fine_from: budget in tokens from which prompt and answer take at least 95 % of it, counted with SmolLM2's tokenizer.
     """
 
@@ -59,7 +59,7 @@ def generate(
     *,
     template: Callable[[str], str] | None = None,
 ) -> list[Sample]:
-    """Samples of one task; the same arguments give the same bytes on every machine.
+    """Return samples of one task; the same arguments give the same bytes on every machine.
 
     Args:
       task: a name of RULER.

@@ -1,4 +1,4 @@
-"""One prompt with its references, how an output is scored, and the figures over lengths that RULER reports."""
+"""Prompts with their references, the scoring of outputs, and the figures over lengths that RULER reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EFFECTIVE_THRESHOLD = 85.6  # RULER's: Llama-2-7B at 4K
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and what its output is scored against.
+    """Prompt with the references that its output is scored against.
 
     Attributes:
       task: name.
@@ -37,7 +37,7 @@ class Sample:
 
 
 def score(sample: Sample, output: str) -> float:
-    """Score of an output, 0 to 100.  Case does not matter; control characters count as newlines.
+    """Return the score of an output, 0 to 100.  Case does not matter; control characters count as newlines.
 
     "all": share of the references that are substrings of the output; "any": 100 if one of them is (RULER, section 1 of the fact sheet).
     "first_integer": 100 if the first run of digits is the reference (passkey); "token": 100 if a reference is a word of the output
@@ -48,8 +48,8 @@ def score(sample: Sample, output: str) -> float:
     text = re.sub(r"[\x00-\x1f\x7f]", "\n", output).lower()
     references = [reference.lower() for reference in sample.references]
     if sample.match == "first_integer":
-        found = re.search(r"[0-9]+", text)
-        return 100.0 * (found is not None and found.group() in references)
+        number = re.search(r"[0-9]+", text)
+        return 100.0 * (number is not None and number.group() in references)
     if sample.match == "token":
         text = re.sub(r"[^\w\s-]", " ", text)
         return 100.0 * any(reference in text.split() for reference in references)
@@ -58,7 +58,7 @@ def score(sample: Sample, output: str) -> float:
 
 
 def effective_length(means: Mapping[int, float], threshold: float = EFFECTIVE_THRESHOLD) -> int:
-    """Largest length whose mean score is at least `threshold`, 0 if there is none.  RULER, section 1.
+    """Return the largest length whose mean score is at least `threshold`, 0 if there is none.  RULER, section 1.
 
     Args:
       means: length in tokens -> mean score of the tasks, 0 to 100.
@@ -67,7 +67,7 @@ def effective_length(means: Mapping[int, float], threshold: float = EFFECTIVE_TH
 
 
 def weighted_means(means: Mapping[int, float]) -> tuple[float, float]:
-    """(mean with weights 1..n rising with length, mean with weights n..1 falling), 0 to 100.  RULER, section 1.
+    """Return (mean with weights 1..n rising with length, mean with weights n..1 falling), 0 to 100.  RULER, section 1.
 
     Args:
       means: length in tokens -> mean score of the tasks, at least one.

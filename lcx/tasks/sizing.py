@@ -16,7 +16,7 @@ FULL = 0.98  # of the budget: a prompt that uses so much is not searched further
 
 
 class Encoder(Protocol):
-    """A tokenizer, as far as the tasks need it."""
+    """Interface of a tokenizer that the tasks need."""
 
     def encode(self, text: str, /) -> Sized: ...
 
@@ -26,7 +26,7 @@ Encode = Encoder | Callable[[str], Sized | int]
 
 @dataclass(frozen=True)
 class Draft:
-    """What a task builds at one size.  `body` goes through the chat template, `prefix` (the answer's opening words) after it."""
+    """Text that a task builds at one size.  `body` goes through the chat template, `prefix` (the answer's opening words) after it."""
 
     body: str
     prefix: str
@@ -36,7 +36,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Form:
-    """What all samples of a task share.
+    """Construction that all samples of a task share.
 
     Attributes:
       task: name, for samples and errors.
@@ -58,23 +58,23 @@ class Form:
 
 
 def counter(encode: Encode) -> Callable[[str], int]:
-    """Text -> number of tokens, from a tokenizer, its `encode`, or a function that returns the number itself."""
+    """Return text -> number of tokens, from a tokenizer, its `encode`, or a function that returns the number itself."""
     call: Callable[[str], Any] = getattr(encode, "encode", encode)
 
     def count(text: str) -> int:
-        found = call(text)
-        return int(found) if isinstance(found, (int, np.integer)) else len(found)
+        result = call(text)
+        return int(result) if isinstance(result, (int, np.integer)) else len(result)
 
     return count
 
 
 def generator(*key: int) -> np.random.Generator:
-    """Random numbers that depend on these integers alone."""
+    """Return a generator of random numbers that depend only on these integers."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
 def plain(body: str) -> str:
-    """The template of a base model: the answer's opening words start a new line."""
+    """Apply the template of a base model: the answer's opening words start a new line."""
     return body + "\n"
 
 
@@ -86,7 +86,7 @@ def fit_samples(
     shared: tuple[int, ...],
     template: Callable[[str], str] | None = None,
 ) -> list[Sample]:
-    """A sample for each key of random numbers.  The size that suits the first is tried first for the others.
+    """Return a sample for each key of random numbers.  The size that suits the first is tried first for the others.
 
     A sample depends on its own key, `shared`, the budget, the tokenizer and the first sample's size; not on how many there are.
 
@@ -98,19 +98,19 @@ def fit_samples(
     plans = form.plans(budget, count)
     size, samples = None, []
     for fit in fits:
-        found = fit.sample(budget, plans, size)
-        if found is None:
+        fitted = fit.sample(budget, plans, size)
+        if fitted is None:
             raise UserError(
                 f"task={form.task!r}: budget={budget:,} tokens is too small; give at least {_least(fits, budget):,}"
             )
-        sample, used = found
+        sample, used = fitted
         size = used if size is None else size
         samples.append(sample)
     return samples
 
 
 class _Fit:
-    """One sample that looks for its size."""
+    """Search for the size of one sample."""
 
     def __init__(self, form: Form, count, template, key: tuple[int, ...], shared: tuple[int, ...]):
         self.form, self.count, self.template, self.key, self.shared = form, count, template, key, shared
@@ -120,15 +120,15 @@ class _Fit:
         return draft, self.template(draft.body) + draft.prefix
 
     def need(self, size: int, plan) -> int:
-        """Tokens of prompt and answer."""
+        """Return the tokens of prompt and answer."""
         return self.count(self.draft(size, plan)[1]) + self.form.answer_tokens
 
     def least(self, budget: int) -> int:
-        """Tokens that the smallest setting for this budget takes."""
+        """Return the tokens of the smallest setting for this budget."""
         return min(self.need(self.form.least, plan) for plan in self.form.plans(budget, self.count))
 
     def sample(self, budget: int, plans: list[Any], guess: int | None) -> tuple[Sample, int] | None:
-        """The sample and its size, or None where the budget is too small.  `guess` is tried before the search."""
+        """Return the sample and its size, or None where the budget is too small.  `guess` is tried before the search."""
         form = self.form
         fitting = [plan for plan in plans if self.need(form.least, plan) <= budget]
         if not fitting:
@@ -147,7 +147,7 @@ class _Fit:
 
 
 def largest(fits: Callable[[int], bool], start: int, low: int, high: int) -> int:
-    """A size in low..high that fits while the next one does not; the largest of all where larger sizes never fit better.
+    """Return a size in low..high that fits while the next one does not; the largest of all where larger sizes never fit better.
 
     `low` is known to fit.  Strides from `start` double, then halve: at most 2 log2(high - low) + 4 calls.
     """
@@ -176,7 +176,7 @@ def largest(fits: Callable[[int], bool], start: int, low: int, high: int) -> int
 
 
 def _least(fits: list[_Fit], budget: int) -> int:
-    """A budget that every sample fits in.  Settings depend on the budget, so the answer is tried again."""
+    """Return a budget that every sample fits in.  Settings depend on the budget, so the answer is tried again."""
     least = budget
     for _ in range(8):
         again = max(fit.least(least) for fit in fits)

@@ -15,10 +15,10 @@ EXAMPLE_TOKENS = 500
 
 
 def _names(rng: np.random.Generator, length: int) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < NUM_NAMES:
-        found["".join(string.ascii_uppercase[i] for i in rng.integers(0, 26, length))] = None
-    return list(found)
+    names: dict[str, None] = {}
+    while len(names) < NUM_NAMES:
+        names["".join(string.ascii_uppercase[i] for i in rng.integers(0, 26, length))] = None
+    return list(names)
 
 
 def _value(rng: np.random.Generator, other: str = "") -> str:
@@ -30,11 +30,11 @@ def _value(rng: np.random.Generator, other: str = "") -> str:
 def _chain(
     rng: np.random.Generator, names: list[str], value: str, num_lines: int
 ) -> tuple[str, str, tuple[float, ...]]:
-    """(text and question, answer prefix, depths)."""
+    """Return (text and question, answer prefix, depths)."""
     lines = [f"VAR {names[0]} = {value}"]
     lines += [f"VAR {name} = VAR {before}" for before, name in zip(names, names[1:], strict=False)]
     hay = [NOISE] * num_lines
-    # an example without noise is the chain alone
+    # an example without noise is only the chain
     context, depths = in_lines(rng, lines, hay) if hay else ("\n".join(lines), ())
     body = (
         "The lines below hide assignments to variables. Memorize which variables end up with the same value.\n"
@@ -44,14 +44,14 @@ def _chain(
 
 
 def _example(rng: np.random.Generator, num_lines: int, other: str = "") -> str:
-    """A worked chain of three-letter names."""
+    """Return a worked chain of three-letter names."""
     names, value = _names(rng, 3), _value(rng, other)
     body, prefix, _ = _chain(rng, names, value, num_lines)
     return f"{body}\n{prefix} {' '.join(names)}\n\n"
 
 
 def _plans(budget: int, count) -> list[int]:
-    """Lines of noise in the worked example: as many as keep it within min(500, budget // 3) tokens, else none."""
+    """Return the lines of noise in the worked example: the most that keep it within min(500, budget // 3) tokens, else none."""
     limit = min(EXAMPLE_TOKENS, budget // 3)
     lines = NUM_NAMES
     while lines < 100 and count(_example(generator(0), lines)) <= limit:
@@ -67,9 +67,9 @@ def _build(rng, shared, size, plan) -> Draft:
 
 
 def form(name: str) -> Form:
-    """vt: 5 variables, 4 hops, the first assigned a number, the order of the chain kept.  Unit of size: lines of noise.
+    """Build variable tracing: 5 variables, 4 hops, the first assigned a number, the order of the chain kept.  Unit of size: lines of noise.
 
     The worked example has three-letter names and a haystack such that it takes at most min(500, budget // 3) tokens; where the five
-    lines of its chain and five of noise take more, it is the chain alone.
+    lines of its chain and five of noise take more, it is only the chain.
     """
     return Form(name, ANSWER_TOKENS, "all", _build, NUM_NAMES, 1 << 30, _plans)

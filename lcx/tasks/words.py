@@ -99,7 +99,7 @@ medals minerals mirrors mugs paintings pens postcards puppets ribbons seashells 
 
 @lru_cache
 def word_pools() -> tuple[tuple[str, ...], ...]:
-    """Distinct words for counting, a pool after the other when more are needed.
+    """Return distinct words for counting, a pool after the other when more are needed.
 
     Nouns, adjectives and verbs; those and the novel's other lower-case words of four letters or more; two nouns written as one word.
     """
@@ -110,7 +110,7 @@ def word_pools() -> tuple[tuple[str, ...], ...]:
 
 
 def distinct_words(rng: np.random.Generator, count: int) -> list[str]:
-    """`count` different words in random order, from the smallest pool that has them; fewer if no pool has."""
+    """Return `count` different words in random order, from the smallest pool that has them; fewer if no pool has."""
     pools = word_pools()
     pool = next((pool for pool in pools if len(pool) >= count), pools[-1])
     return [pool[i] for i in rng.permutation(len(pool))[:count]]

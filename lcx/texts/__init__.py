@@ -35,7 +35,7 @@ TEXTS = {
 
 
 def path(name: str) -> Path:
-    """Where a text lies.
+    """Return the path of a text.
 
     Raises:
       UserError: no text of this name.
@@ -46,7 +46,7 @@ def path(name: str) -> Path:
 
 
 def read(name: str) -> str:
-    """A text, UTF-8, lines ending in a line feed.
+    """Return a text, UTF-8, lines ending in a line feed.
 
     Raises:
       UserError: no text of this name, or a file that is missing or was changed.
@@ -56,18 +56,18 @@ def read(name: str) -> str:
         raw = file.read_bytes()
     except OSError as error:
         raise UserError(f"text={name!r}: {file} cannot be read: {error.strerror}; install lcx again") from None
-    found = hashlib.sha256(raw).hexdigest()
-    if found != TEXTS[name].sha256:
-        raise UserError(f"text={name!r}: {file} has sha256 {found}, not {TEXTS[name].sha256}; install lcx again")
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != TEXTS[name].sha256:
+        raise UserError(f"text={name!r}: {file} has sha256 {digest}, not {TEXTS[name].sha256}; install lcx again")
     return decode(raw)
 
 
 def read_file(path: str | Path, flag: str = "text_file") -> str:
-    """A UTF-8 text of a user's, as `decode` gives it.
+    """Return a UTF-8 text of a user's, as `decode` gives it.
 
     Args:
       path: of the file.
-      flag: what errors call it.
+      flag: name of the path in errors.
 
     Raises:
       UserError: it cannot be read, or is not UTF-8.
@@ -81,7 +81,7 @@ def read_file(path: str | Path, flag: str = "text_file") -> str:
 
 
 def decode(raw: bytes) -> str:
-    """The text of a file: UTF-8 without its byte order mark, lines ending in a line feed.
+    """Decode the text of a file: UTF-8 without its byte order mark, lines ending in a line feed.
 
     A mark in front is of the file, not of the text, and so are line ends: "\\r\\n" and "\\r" become "\\n", as `open` in text mode does it.
     A text therefore has the same tokens on every system.  U+FEFF further on stays.
