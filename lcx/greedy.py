@@ -164,5 +164,5 @@ def decides_by_step(session: Session) -> str | None:
 
 
 def all_plain(session: Session) -> bool:
-    """Whether every slot holds keys and values in a float type, so that the last bit of a sum stays the last bit of what is stored."""
+    """Return True where every slot holds floats, so that the last bit of a sum stays the last bit of the stored number."""
     return all(s.codec.plain for recipe in session.recipes[DECODE] for chain in recipe.chains for s in chain)

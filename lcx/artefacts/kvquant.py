@@ -27,7 +27,7 @@ from lcx.codecs.outliers import extremes, marked, num_outliers, value_range
 from lcx.errors import UserError
 from lcx.model_config import ModelConfig
 from lcx.models.decoder import Layers, embed_program, enter, leave, logits_program, rotation
-from lcx.models.loading import Pretrained, starts_with_bos
+from lcx.models.loading import Pretrained
 
 METHOD = "kvquant"
 FOLDER = Path(__file__).parent / "kvquant_tables"
@@ -114,7 +114,7 @@ def forward(layers: Layers, ids) -> tuple[list[jax.Array], list[np.ndarray]]:
     """The residual stream before every layer and after the last, and each layer's keys before RoPE, [T, K * D]."""
     x = embed_program(layers.embed, jnp.asarray(ids, jnp.int32)[None], scale=layers.config.embed_scale)
     keys: list[np.ndarray] = []
-    streams = [x]
+    streams: list[jax.Array] = [x]
     for i in range(layers.config.num_layers):
         state, static = _statics(layers, i)
         x, k, _ = layer_program(state, x, 0.0, 0.0, **static)
@@ -268,7 +268,7 @@ def calibrate(model: Pretrained, text: str, settings: Settings, command: str, no
     Raises:
       UserError: no such text, or fewer tokens in the text or in the model's context.
     """
-    ids = starts_with_bos(model.tokenizer, model.tokenizer.encode(texts.read(text)))
+    ids = model.tokenizer.text_ids(texts.read(text))
     if settings.tokens > len(ids):
         raise UserError(f"tokens={settings.tokens}; text {text!r} allows at most {len(ids)}")
     if settings.piece > model.config.context:

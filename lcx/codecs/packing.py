@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def codes_per_byte(bits: int) -> int:
-    """Return the number of codes that the packed axis is a multiple of: 3 bits are a plane of two and a plane of one, 3 bytes for 8 codes."""
+    """Return the number of codes that the packed axis is a multiple of; 3 bits are a plane of two and one of one, 3 bytes for 8 codes."""
     return 8 if bits == 3 else 8 // bits
 
 
