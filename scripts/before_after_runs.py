@@ -19,7 +19,7 @@ from lcx.errors import UserError
 from lcx.experiment import Experiment
 
 # adapter: every name of lcx that these scripts know, but for `experiments.cli`
-from lcx.model_config import ModelConfig
+from lcx.model_config import ModelConfig, Rope
 from lcx.models.decoder import Layers, Model, random_weights
 from lcx.plan.programs import CPU_OPTIONS, GPU_OPTIONS, Setting, timeline
 from lcx.plan.targets import compile_for, gpu_target
@@ -67,7 +67,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelConfig("tiny", 3, 48, 6, 2, 32, 40, 97, 512)  # head_dim suits groups of 32
 TINY_SCORES = [[1, 0], [0, 1], [1, 0]]
 # three of the 32 layers: Quest reads the first two densely
-LLAMA3_8B = ModelConfig("llama3-8b", 3, 4_096, 32, 8, 128, 14_336, 128_256, 131_072, rope_base=5e5, tied=False)
+LLAMA3_8B = ModelConfig("llama3-8b", 3, 4_096, 32, 8, 128, 14_336, 128_256, 131_072, rope=Rope(5e5), tied=False)
 LLAMA_SCORES = [[0, 1] * 4] * 3
 SHORT, CHUNK, STEPS, LAST_STEP = 16, 16, 4, 5
 LONG, LONG_CHUNK = 131_072, 2_048
