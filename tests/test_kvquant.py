@@ -29,7 +29,7 @@ from lcx.config_files import load_config
 from lcx.ctx import Ctx
 from lcx.errors import UserError
 from lcx.experiment import Experiment
-from lcx.model_config import ModelConfig
+from lcx.model_config import ModelConfig, Rope
 from lcx.models.decoder import Layers, Model, embed_program, logits_program, random_weights
 from lcx.ops.attention import EMPTY
 from lcx.patterns.quest import Quest
@@ -560,7 +560,7 @@ def test_a_model_without_a_file_is_told_how_to_make_one():
 # ---- memory
 
 
-LLAMA3_8B = ModelConfig("llama3-8b", 1, 4_096, 32, 8, 128, 14_336, 128_256, 131_072, rope_base=5e5, tied=False)
+LLAMA3_8B = ModelConfig("llama3-8b", 1, 4_096, 32, 8, 128, 14_336, 128_256, 131_072, rope=Rope(5e5), tied=False)
 
 
 @pytest.mark.parametrize(("phase", "tokens", "gib"), [("decode", 1, 0.1), ("prefill", 2_048, 0.75)])
