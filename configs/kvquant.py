@@ -20,4 +20,6 @@ PAPER = {
 
 
 def get_config():
-    return Experiment(recipe=Recipe((chain(bits=4, outliers=0.01),)), aux=KVQuantTables(), paper=PAPER)
+    return Experiment(
+        recipe=Recipe((chain(bits=4, outliers=0.01, spare=3, first=1),)), aux=KVQuantTables(), paper=PAPER
+    )
