@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.ops.attention import EMPTY, Source, slots_of
+from lcx.ops.attention import EMPTY, Source, slots_of, take_pages
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,7 @@ class Store:
             if leaf.per is None:
                 cut[name] = x
                 continue
-            at = slots_of(pages[:, : leaf.rows], size // leaf.per, total // leaf.per)
-            shape = at.shape[:2] + (1,) * len(leaf.before) + at.shape[2:] + (1,) * len(leaf.after)
-            cut[name] = jnp.take_along_axis(x, at.reshape(shape), leaf.axis)
+            cut[name] = take_pages(x, pages[:, : leaf.rows], size // leaf.per, leaf.axis)
         at = slots_of(pages, size, total)
         return self._decode(cut, lambda x: _take(x, at))
 

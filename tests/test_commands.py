@@ -212,8 +212,8 @@ WRONG = [
         ("--prompt=a", "--config=configs/tova.py", "--keep_ratio=1.5"),
         "keep_ratio=1.5 must be above 0 and at most 1",
     ),
-    ("generate", ("--prompt=a", "--config=configs/int4.py", "--budget=9"), "budget=9: this recipe keeps all tokens"),
-    ("generate", ("--prompt=a", "--config=configs/dense.py", "--keep_ratio=0.5"), "keeps all tokens"),
+    ("generate", ("--prompt=a", "--config=configs/int4.py", "--budget=9"), "budget=9: this recipe has no single budget"),
+    ("generate", ("--prompt=a", "--config=configs/dense.py", "--keep_ratio=0.5"), "has no single budget"),
     (
         "generate",
         ("--prompt=a", "--config=configs/snapkv.py", "--budget=9"),
@@ -244,7 +244,7 @@ WRONG = [
     ),
     ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.3.codec.bits=4"), "allowed are 0 to 0"),
     ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.pattern=x"), "set one of its fields"),
-    ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.segments.0.slots=1.5"), "allowed is int or None"),
+    ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe.rounding=1.5"), "allowed is int"),
     ("score", (*SCORE, "--config=configs/int4.py", "--config.recipe"), "needs a value"),
     ("sweep", ("--lengths=12,b",), "lengths='12,b': allowed are whole numbers"),
     ("sweep", ("--lengths=",), "lengths='': allowed are whole numbers"),
@@ -296,8 +296,8 @@ NEED_MODEL = [
     ),
     (
         "score",
-        (*SCORE, "--config=configs/kivi2.py", "--config.recipe.segments.0.1.slots=100", "--num_tokens=9"),
-        "not a multiple of page=32; use 128",
+        (*SCORE, "--config=configs/kivi2.py", "--config.recipe.segments.0.0.policy.page=100", "--num_tokens=9"),
+        "Kivi encodes pages of 32 tokens; put a segment before it in its chain that hands down whole pages",
     ),
     (
         "score",

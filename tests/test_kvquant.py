@@ -146,15 +146,17 @@ def test_what_is_read_back_is_the_oracles(bits, K):
     rng = np.random.default_rng(K)
     k, v = (rng.standard_t(3, (2, K, N, D)).astype(np.float32) for _ in range(2))
     pos, arrays = positions([N, 21], N), tables_of(K, D)
-    got_k, got_v, _ = through(KVQuant(bits, share), arrays, k, v, pos)
+    spare = K - 1
+    got_k, got_v, _ = through(KVQuant(bits, share, spare), arrays, k, v, pos)
     side = kvquant.outliers_a_side(K * D, share)
     assert side == num_outliers(share, K * D)
     row = BITS.index(bits)
     levels = lambda name: dict(zip(("table", "levels"), np.float64(arrays[name][row, :, : 2**bits]), strict=True))
     zero, width = (np.float64(arrays[n]).reshape(-1) for n in ("key_zero", "key_scale"))
-    settings = {"a_side": side, "sinks": 0, "stored": np.float16}
-    want_k = kvquant.read_keys(k, pos, zero - width, zero + width, **levels("key_levels"), **settings)
-    want_v = kvquant.read_values(v, pos, **levels("value_levels"), **settings)
+    settings = {"sinks": 0, "stored": np.float16}
+    book = levels("key_levels") | settings
+    want_k = kvquant.read_keys(k, pos, zero - width, zero + width, a_side=side + spare, **book)
+    want_v = kvquant.read_values(v, pos, a_side=side, **levels("value_levels"), **settings)
     assert want_k.outlier.any() and want_v.outlier.sum() == 2 * side * (N + 21)
     for got, want in ((got_k, want_k), (got_v, want_v)):
         real = np.broadcast_to((pos != EMPTY)[:, None, :, None], got.shape)
@@ -171,7 +173,7 @@ def test_no_number_is_further_off_than_half_a_gap_and_outliers_are_exact(bits):
     arrays = tables_of(K, D)
     for name in ("key_levels", "value_levels"):
         arrays[name][:, 1] = arrays[name][:, 0]
-    codec = KVQuant(bits, 0.1)
+    codec = KVQuant(bits, 0.1, 0)
     got_k, got_v, held = through(codec, arrays, k, v, positions([N], N))
     row, n = BITS.index(bits), num_outliers(0.1, K * D)
     for name, x, got, zero, scale in (
@@ -219,7 +221,7 @@ def test_equal_numbers_are_not_all_outliers():
 def test_bits_are_those_of_index_value_and_range(bits, channels, keys, values):
     R, D = channels
     N = 64
-    leaves = KVQuant(bits).leaves(Size(R, D, jnp.bfloat16))
+    leaves = KVQuant(bits, spare=0).leaves(Size(R, D, jnp.bfloat16))
     size = {"k": 0, "v": 0}
     for name, leaf in leaves.items():
         size[name[0]] += shape_bytes(jax.eval_shape(lambda leaf=leaf: leaf.zeros(1, R, N)))
@@ -294,6 +296,7 @@ def test_bytes_are_those_of_the_arrays():
         (lambda: Recipe((Segment(codec=KVQuant()),), Quest(16)), "KVQuant needs one set of positions.*Quest"),
         (lambda: KVQuant(5), "bits=5: allowed are 4, 3, 2"),
         (lambda: KVQuant(4, 0.5), "outliers=0.5 must be a share"),
+        (lambda: KVQuant(spare=-1), "spare=-1"),
         (lambda: First(0), "count=0"),
         (lambda: KVQuant(3).check(Size(2, 12, None)), "head_dim=12 is not a multiple of 8"),
         (lambda: KVQuant(4).check(Size(1_024, 64, None)), "allowed are 65,535 channels"),
@@ -327,7 +330,7 @@ def test_duo_attention_with_kvquant():
 
 
 def test_config_and_flag():
-    assert load_config("configs/kvquant.py").recipe == Recipe((chain(4, 0.01, 1),))
+    assert load_config("configs/kvquant.py").recipe == Recipe((chain(4, 0.01, 3, 1),))
     changed = load_config("configs/kvquant.py", {"recipe.segments.0.1.codec.bits": "3"})
     assert changed.recipe == Recipe((chain(3),))
 

@@ -2,6 +2,8 @@
 
 All tokens are read as they are stored, order="write", the protocol of the paper's perplexities.  The texts come with Python: its language
 reference (English, pydoc_data.topics) and the source of a module (argparse).
+
+`spare` = 3 was chosen on three of these passages (reference 1, source 1 and 2), against 0: no text here is unseen by that choice.
 """
 
 import hashlib

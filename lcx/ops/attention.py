@@ -70,8 +70,7 @@ def tokens_source(k: jax.Array, v: jax.Array, pos: jax.Array) -> Source:
         return lax.dynamic_slice_in_dim(k, start, size, 3), lax.dynamic_slice_in_dim(v, start, size, 2)
 
     def gather(pages, size):
-        idx = slots_of(pages, size, k.shape[3])
-        return jnp.take_along_axis(k, idx[:, :, None, :], 3), jnp.take_along_axis(v, idx[..., None], 2)
+        return take_pages(k, pages, size, 3), take_pages(v, pages, size, 2)
 
     return Source(pos=pos[:, None, :], tile=tile, gather=gather, held=False, plain=True)
 
@@ -80,6 +79,23 @@ def slots_of(pages: jax.Array, size: int, slots: int) -> jax.Array:
     """Return the slot numbers [...,N * size] of the pages [...,N]; numbers behind the last of `slots` slots name the last one."""
     idx = pages[..., None] * size + jnp.arange(size, dtype=pages.dtype)
     return jnp.minimum(idx.reshape(*pages.shape[:-1], -1), slots - 1)
+
+
+def take_pages(x: jax.Array, pages: jax.Array, size: int, axis: int) -> jax.Array:
+    """Entries of the pages [B,R,N] along an axis of x [B,R,...]: N * size of them in its place.
+
+    Pages that begin behind the last entry give any entries.  Where the axis is a whole number of pages, neighbours are copied together: on
+    a CPU several times faster than one by one.
+    """
+    total = x.shape[axis]
+    if size > 1 and total % size == 0:
+        apart = x.reshape(*x.shape[:axis], total // size, size, *x.shape[axis + 1 :])
+        take = lambda row, at: jnp.take(row, at, axis - 2, mode="clip")
+        cut = jax.vmap(jax.vmap(take))(apart, jnp.broadcast_to(pages, (*x.shape[:2], pages.shape[2])))
+        return cut.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    at = slots_of(pages, size, total)
+    shape = at.shape[:2] + (1,) * (axis - 2) + at.shape[2:] + (1,) * (x.ndim - axis - 1)
+    return jnp.take_along_axis(x, at.reshape(shape), axis)
 
 
 def used_length(pos: jax.Array, axis=None) -> jax.Array:
