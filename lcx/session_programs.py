@@ -210,11 +210,11 @@ class SessionPrograms:
 
         `peek`: tokens of a peeked step, with its commit; 0: none is peeked.
         """
-        wanted = [(DECODE, checks.whole("steps", n, 1)) for n in checks.listed("steps", steps)]
         checks.whole("peek", peek, 0)
+        wanted = []
         if prefill is not None:
-            checks.whole("prefill", prefill, 1)
-            wanted.append((PREFILL, self.schedule.width(prefill)))
+            wanted.append((PREFILL, self.schedule.width(checks.whole("prefill", prefill, 1))))
+        wanted += [(DECODE, checks.whole("steps", n, 1)) for n in checks.listed("steps", steps)]
         found: dict[Any, Call] = {}
         shapes: dict[tuple[str, int], LayerCache] = {}
 
