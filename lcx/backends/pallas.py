@@ -122,7 +122,7 @@ def attend_visits(q, source: Source, q_pos, visit: Visit, *, mask: Mask | None, 
 
 
 def _attend_listing(q, source: Source, q_pos, visit: Visit, **settings):
-    """Lists that are worked out when they are read: some tiles of queries at a time, so that those of a long prompt never exist together."""
+    """Lists that are worked out when they are read, for some tiles of queries at a time: those of a long prompt never exist together."""
     T = q.shape[3]
 
     def rows(start, size: int):
