@@ -212,7 +212,11 @@ WRONG = [
         ("--prompt=a", "--config=configs/tova.py", "--keep_ratio=1.5"),
         "keep_ratio=1.5 must be above 0 and at most 1",
     ),
-    ("generate", ("--prompt=a", "--config=configs/int4.py", "--budget=9"), "budget=9: this recipe has no single budget"),
+    (
+        "generate",
+        ("--prompt=a", "--config=configs/int4.py", "--budget=9"),
+        "budget=9: this recipe has no single budget",
+    ),
     ("generate", ("--prompt=a", "--config=configs/dense.py", "--keep_ratio=0.5"), "has no single budget"),
     (
         "generate",

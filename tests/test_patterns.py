@@ -479,6 +479,8 @@ def test_minference_is_for_the_prompt_alone():
     assert recipe.one_shot and recipe.bytes(CONFIG, 100) == Recipe().bytes(CONFIG, 100)
     with pytest.raises(UserError, match="MInference needs the whole prompt at once"):
         Session(layers(CONFIG), recipe, 300, schedule=Chunked(128))
+    with pytest.raises(UserError, match="this recipe needs the whole prompt at once; call prefill"):
+        Session(layers(CONFIG), recipe, 300).feed(np.arange(4)[None], np.arange(4)[None], phase="prefill")
 
 
 # ---- errors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -127,8 +128,9 @@ def _attend_listing(q, source: Source, q_pos, visit: Visit, **settings):
 
     def rows(start, size: int):
         qt, pos = (lax.dynamic_slice_in_dim(x, start, size, axis) for x, axis in ((q, 3), (q_pos, 1)))
-        index, count = lax.map(visit.at, start // visit.rows + jnp.arange(-(-size // visit.rows)))
-        lists = jnp.moveaxis(index[..., : visit.width], 0, 3), jnp.moveaxis(count, 0, 3)
+        at = jax.vmap(visit.at, out_axes=3)
+        index, count = at(start // visit.rows + jnp.arange(-(-size // visit.rows)))
+        lists = index[..., : visit.width], count
         return attend_visits(qt, source, pos, Visit(visit.size, visit.rows, lists=lists), **settings)
 
     if T <= LISTED_ROWS:
