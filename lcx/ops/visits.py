@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lcx.ops.attention import DECODE_QUERIES, EMPTY, Partial, Source, begin, finish, slots_of, update, visible
+from lcx.ops.attention import DECODE_QUERIES, EMPTY, Partial, Source, begin, finish, slots_of, update
 from lcx.ops.masks import Bounds, Mask
 
 # keys that are gathered and attended at a time; a decode step of few queries reads more of them
@@ -105,59 +105,24 @@ def attend_visits(
     if source.gather is None:
         raise ValueError("this source has no `gather`, so its pages cannot be read; give the Source one")
     visit.check(T)
-    gather, size, S = source.gather, visit.size, source.pos.shape[-1]
+    S = source.pos.shape[-1]
     n_q, width = min(visit.rows, T), visit.width
     Q = -(-T // n_q)
     if S == 0 or width == 0:
         empty = Partial(jnp.zeros((B, R, G, T, D)), jnp.full((B, R, G, T), -jnp.inf))
         return empty, jnp.zeros((), jnp.int32)
-    pos = jnp.broadcast_to(source.pos, (B, R, S))
-    keys = VISIT_KEYS_DECODE if T < DECODE_QUERIES else VISIT_KEYS
-    per = min(width, max(1, keys // size))
+    walk = _Walk(source, visit, (B, R, G, n_q, D), scale, mask)
+    if Q > 1 and n_q >= DECODE_QUERIES and visit.listing is None:
+        return _by_length(walk, q, q_pos, Q)
 
     def block(i):
         index, count = visit.at(i)  # [B,R,g,M], [B,R,g]
-        index = jnp.pad(index[..., :width], ((0, 0),) * 3 + ((0, -width % per),))
         g = index.shape[2]
-        listed = jnp.minimum(count, width)
         start = jnp.minimum(i * n_q, T - n_q)
-        qt = lax.dynamic_slice_in_dim(q, start, n_q, 3)
+        qt = lax.dynamic_slice_in_dim(q, start, n_q, 3).reshape(B, R * g, G // g, n_q, D)
         qp = lax.dynamic_slice_in_dim(q_pos, start, n_q, 1)
-        # lists of their own move into the row axis, with the query heads that share one as the group
-        row = lambda x: x.reshape(B, R * g, *x.shape[3:])
-        heads = qt.reshape(B, R * g, G // g, n_q, D)
-
-        def body(j, carry):
-            pages = lax.dynamic_slice_in_dim(index, j * per, per, 3)
-            live = (j * per + jnp.arange(per) < listed[..., None])[..., None]
-            live = live & (pages[..., None] * size + jnp.arange(size) < S)
-            live = live.reshape(B, R, g, per * size)
-            pages = jnp.where(live.reshape(*pages.shape, size)[..., 0], pages, 0)
-            flat = pages.reshape(B, R, g * per)
-            slots = slots_of(flat, size, S)
-            kp = jnp.take_along_axis(pos, slots, 2).reshape(B, R, g, per * size)
-            kp = jnp.where(live, kp, EMPTY)
-            k, v = gather(flat, size)
-            k = jnp.moveaxis(k.reshape(B, R, D, g, per * size), 3, 2)
-            v = v.reshape(B, R, g, per * size, D)
-            weigh = None
-            if visit.weigh is not None:
-                own = slots.reshape(B, R, g, per * size)
-                weigh = lambda x: visit.weigh(x.reshape(B, R, G, n_q, -1), own).reshape(x.shape)  # pyrefly: ignore
-            masked = lambda carry: update(carry, heads, row(k), row(v), visible(qp, row(kp), mask), scale, weigh=weigh)
-            if n_q < DECODE_QUERIES:
-                return masked(carry)
-            # most pages lie before all queries of the block: without a mask they take about half of the time
-            every = jnp.all(kp != EMPTY) & (jnp.max(kp) <= jnp.min(qp))
-            if mask is not None:
-                every &= mask.bounds(Bounds(jnp.min(qp), jnp.max(qp), jnp.min(kp), jnp.max(kp)))[1]
-            plain = lambda carry: update(carry, heads, row(k), row(v), None, scale, weigh=weigh)
-            return lax.cond(every, plain, masked, carry)
-
-        carry = begin((B, R * g, G // g, n_q), D)
-        trips = -(-width // per)
-        carry = body(0, carry) if trips == 1 else lax.fori_loop(0, -(-jnp.max(listed) // per), body, carry)
-        part = jax.tree.map(lambda x: x.reshape(B, R, G, *x.shape[3:]), finish(*carry))
+        part = walk(qt, jnp.broadcast_to(qp[:, None], (B, R * g, n_q)), index, count)
+        part = jax.tree.map(lambda x: x.reshape(B, R, G, *x.shape[3:]), part)
         return part, jnp.sum(jnp.maximum(count - width, 0))
 
     if Q == 1:
@@ -177,3 +142,113 @@ def attend_visits(
     # in the type of q, as the kernels return it: float32 of a long prompt takes as much as all its queries, keys and values
     empty = Partial(jnp.zeros((B, R, G, T, D), q.dtype), jnp.zeros((B, R, G, T)))
     return lax.fori_loop(0, Q, put, (empty, jnp.zeros((), jnp.int32)))
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Attention of some blocks of queries over their pages, in turns of so many keys.
+
+    `shape`: B, R, G, queries of a block, D.
+    """
+
+    source: Source
+    visit: Visit
+    shape: tuple[int, int, int, int, int]
+    scale: float
+    mask: Mask | None
+
+    def __call__(self, heads: jax.Array, qp: jax.Array, index: jax.Array, count: jax.Array) -> Partial:
+        """Return the attention of n blocks a row.
+
+        Args:
+          heads: [B,R * n,G // g,n_q,D], the blocks of a row after one another; the query heads that share a list are a group.
+          qp: int32 [B,R * n,n_q].
+          index, count: int32 [B,R,n,M], [B,R,n].
+        """
+        B, R, G, n_q, D = self.shape
+        size, width, S, n = self.visit.size, self.visit.width, self.source.pos.shape[-1], index.shape[2]
+        keys = VISIT_KEYS_DECODE if n_q < DECODE_QUERIES else VISIT_KEYS
+        per = min(width, max(1, keys // size))
+        index = jnp.pad(index[..., :width], ((0, 0),) * 3 + ((0, -width % per),))
+        listed = jnp.minimum(count, width)
+        pos = jnp.broadcast_to(self.source.pos, (B, R, S))
+        # lists of their own move into the row axis
+        row = lambda x: x.reshape(B, R * n, *x.shape[3:])
+
+        def body(j, carry):
+            pages = lax.dynamic_slice_in_dim(index, j * per, per, 3)
+            live = (j * per + jnp.arange(per) < listed[..., None])[..., None]
+            live = live & (pages[..., None] * size + jnp.arange(size) < S)
+            pages = jnp.where(live[..., 0], pages, 0)
+            flat = pages.reshape(B, R, n * per)
+            slots = slots_of(flat, size, S)
+            kp = jnp.take_along_axis(pos, slots, 2).reshape(B, R, n, per * size)
+            kp = row(jnp.where(live.reshape(kp.shape), kp, EMPTY))
+            k, v = self.source.gather(flat, size)  # pyrefly: ignore
+            k = row(jnp.moveaxis(k.reshape(B, R, D, n, per * size), 3, 2))
+            v = row(v.reshape(B, R, n, per * size, D))
+            weigh = None
+            if self.visit.weigh is not None:
+                own = slots.reshape(B, R, n, per * size)
+                weigh = lambda x: self.visit.weigh(x.reshape(B, R, G, n_q, -1), own).reshape(x.shape)  # pyrefly: ignore
+            masked = lambda carry: update(carry, heads, k, v, self._seen(qp, kp), self.scale, weigh=weigh)
+            if n_q < DECODE_QUERIES:
+                return masked(carry)
+            # most pages lie before all queries of their block: without a mask they take about half of the time
+            every = jnp.all(kp != EMPTY) & jnp.all(kp.max(-1) <= qp.min(-1))
+            if self.mask is not None:
+                every &= self.mask.bounds(Bounds(jnp.min(qp), jnp.max(qp), jnp.min(kp), jnp.max(kp)))[1]
+            plain = lambda carry: update(carry, heads, k, v, None, self.scale, weigh=weigh)
+            return lax.cond(every, plain, masked, carry)
+
+        carry = begin((B, R * n, heads.shape[2], n_q), D)
+        if index.shape[-1] == per:
+            return finish(*body(0, carry))
+        return finish(*lax.fori_loop(0, -(-jnp.max(listed) // per), body, carry))
+
+    def _seen(self, qp: jax.Array, kp: jax.Array) -> jax.Array:
+        """Return bool [B,R * n,1,n_q,K]: causal, valid, and allowed by the mask."""
+        qp, kp = qp[:, :, None, :, None], kp[:, :, None, None, :]
+        seen = (kp != EMPTY) & (kp <= qp)
+        return seen if self.mask is None else seen & self.mask.allow(qp, kp)
+
+
+def _by_length(walk: _Walk, q: jax.Array, q_pos: jax.Array, Q: int) -> tuple[Partial, jax.Array]:
+    """Compute all blocks of queries, those with lists of about one length together.
+
+    A turn takes as long as its longest list, and query heads differ: on SmolLM2 the longest of a block's nine lists is several times their
+    mean.  So the blocks of all query heads of a row are ranked by their count, and neighbours in rank are walked side by side.
+    """
+    B, R, G, n_q, D = walk.shape
+    T, visit = q.shape[3], walk.visit
+    lists = visit.lists if visit.blocks is None else (visit.blocks, visit.blocks.sum(-1, dtype=jnp.int32))
+    g = lists[1].shape[2]  # pyrefly: ignore
+    entries, count = (x.reshape(B, R, g * Q, *x.shape[4:]) for x in lists)  # pyrefly: ignore
+    pad = n_q * Q - T
+    blocks = jnp.pad(q, ((0, 0),) * 3 + ((0, pad), (0, 0))).reshape(B, R, g, G // g, Q, n_q, D)
+    blocks = jnp.moveaxis(blocks, 4, 3).reshape(B, R, g * Q, G // g, n_q, D)
+    places = jnp.pad(q_pos, ((0, 0), (0, pad)), constant_values=EMPTY).reshape(B, Q, n_q)
+    order = jnp.argsort(-count, axis=-1)
+    b, r = jnp.arange(B)[:, None, None], jnp.arange(R)[None, :, None]
+
+    def turn(j, carry):
+        ids = lax.dynamic_slice_in_dim(order, j * g, g, 2)  # [B,R,g]
+        index, wanted = entries[b, r, ids], count[b, r, ids]
+        if visit.blocks is not None:
+            # a stable sort moves the chosen ones to the front and keeps their order
+            index = jnp.argsort(~index, axis=-1, stable=True)[..., : visit.width].astype(jnp.int32)
+        heads = blocks[b, r, ids].reshape(B, R * g, G // g, n_q, D)
+        part = walk(heads, places[b, ids % Q].reshape(B, R * g, n_q), index, wanted)
+        put = lambda whole, x: whole.at[b, r, ids].set(x.reshape(B, R, g, *x.shape[2:]).astype(whole.dtype))
+        return Partial(*(put(whole, x) for whole, x in zip(carry, part, strict=True)))
+
+    # in the type of q, as the kernels return it
+    empty = Partial(jnp.zeros(blocks.shape, q.dtype), jnp.zeros(blocks.shape[:-1]))
+    part = lax.fori_loop(0, Q, turn, empty)
+
+    def back(x):
+        x = jnp.moveaxis(x.reshape(B, R, g, Q, G // g, n_q, *x.shape[5:]), 3, 4)
+        return x.reshape(B, R, G, Q * n_q, *x.shape[6:])[:, :, :, :T]
+
+    overflow = jnp.sum(jnp.maximum(count - visit.width, 0))
+    return Partial(back(part.out), back(part.lse)), overflow
