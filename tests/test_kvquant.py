@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import positions
+from oracles import kvquant, positions
 from safetensors.numpy import save
 
 from lcx.artefacts import kvquant as calibration
@@ -40,8 +40,6 @@ from lcx.policies.snapkv import SnapKV
 from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked
 from lcx.session import Session
-
-kvquant = pytest.importorskip("oracles.kvquant")
 
 TINY = ModelConfig("tiny", 2, 48, 6, 2, 32, 40, 97, 512)
 PROMPT, SHORT, NEW = 37, 16, 3
