@@ -5,6 +5,7 @@ Nothing in a file can execute: the safetensors library reads numbers, the record
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -55,8 +56,9 @@ class Artefact:
 
 
 def config_sha256(config: ModelConfig) -> str:
-    """Sha256 of a model's sizes and settings, its name left out: the same weights go by several names."""
-    fields = {n: v for n, v in vars(config).items() if n != "name"}
+    """Return the sha256 of a model's sizes and rotary positions, its name left out: the same weights go by several names."""
+    sizes = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "vocab_size")
+    fields = {name: getattr(config, name) for name in sizes} | {"rope": dataclasses.asdict(config.rope)}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
