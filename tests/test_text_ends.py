@@ -12,8 +12,9 @@ from test_tokenizer import fields
 
 from experiments import score as score_command
 from lcx import texts
-from lcx.artefacts import head_mass, task_scores
+from lcx.artefacts import head_mass
 from lcx.experiment import Experiment
+from lcx.measure import task_scores
 from lcx.model_config import ModelConfig
 from lcx.models.decoder import Layers, Model, random_weights
 from lcx.models.loading import Pretrained
