@@ -11,7 +11,7 @@ from absl import flags
 from test_tokenizer import fields
 
 from experiments import score as score_command
-from lcx import texts
+from lcx import generate, texts
 from lcx.artefacts import head_mass
 from lcx.experiment import Experiment
 from lcx.measure import task_scores
@@ -20,7 +20,7 @@ from lcx.models.decoder import Layers, Model, random_weights
 from lcx.models.loading import Pretrained
 from lcx.pretrained import Tokenizer
 from lcx.recipe import Recipe
-from lcx.session import Session, generate
+from lcx.session import Session
 from lcx.sweep.bench import Bench
 from lcx.sweep.points import Point, Settings
 from lcx.sweep.task_rows import _ids
