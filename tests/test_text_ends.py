@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -107,10 +108,12 @@ def test_score_reads_bos_and_no_byte_order_mark(model, monkeypatch, capsys, tmp_
     assert json.loads(line)["tokens"] == 19
 
 
-class Fixed:
-    """A session that gives these tokens the largest logits, one a step."""
+class Fixed(Session):
+    """A session that gives these tokens the largest logits, one a step; it has no model."""
 
     def __init__(self, *tokens, vocab=261):
+        self.batch, self.prompt, self.new_tokens, self.order = 1, 1, len(tokens), "attend"
+        self.config = SimpleNamespace(vocab_size=vocab)
         self.rows = [np.eye(vocab)[token][None] for token in tokens]
 
     def prefill(self, prompt):
