@@ -154,23 +154,23 @@ def experiment():
     return loaded
 
 
-def with_budget(found, prompt: int):
+def with_budget(experiment, prompt: int):
     """Return the experiment with --budget or --keep_ratio of the prompt."""
-    return found.with_budget(prompt, flags.FLAGS.budget, flags.FLAGS.keep_ratio)
+    return experiment.with_budget(prompt, flags.FLAGS.budget, flags.FLAGS.keep_ratio)
 
 
-def check_model_free(found) -> None:
+def check_model_free(experiment) -> None:
     """Raise UserError, before the model is loaded, for requests that need no model to be refused: a budget where none fits."""
     if flags.FLAGS.budget is not None or flags.FLAGS.keep_ratio is not None:
-        with_budget(found, 1 << 20)
+        with_budget(experiment, 1 << 20)
 
 
-def load(found):
+def load(experiment):
     """Load the model of a config."""
     import lcx.models.loading
 
-    model = lcx.models.loading.load(found.model, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
-    found.check_weights(model.config, model.sha256)
+    model = lcx.models.loading.load(experiment.model, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
+    experiment.check_weights(model.config, model.sha256)
     return model
 
 

@@ -22,7 +22,7 @@ from lcx.recipe import Recipe
 
 def _arrays(config: ModelConfig, recipe: Recipe, aux) -> tuple[dict[str, jax.Array], frozenset[str]]:
     """The method's arrays of this layer, those by query head as [K,G,...], and the names of those by head."""
-    found, by_head = {}, set()
+    arrays, by_head = {}, set()
     for name, array in recipe.arrays(config).items():
         if name not in aux.get("arrays", {}):
             continue
@@ -31,8 +31,8 @@ def _arrays(config: ModelConfig, recipe: Recipe, aux) -> tuple[dict[str, jax.Arr
             x = x.reshape(config.num_kv_heads, config.group, *x.shape[1:])
         if array.per != "layer":
             by_head.add(name)
-        found[name] = x
-    return found, frozenset(by_head)
+        arrays[name] = x
+    return arrays, frozenset(by_head)
 
 
 def _ctx(config: ModelConfig, recipe: Recipe, local: bool, aux, implementation: str, **own) -> Ctx:

@@ -28,7 +28,7 @@ PREFILL, DECODE = "prefill", "decode"
 
 @dataclass(frozen=True)
 class Compiled:
-    """What compiling ahead took and found.
+    """Cost and findings of compiling ahead.
 
     Attributes:
       seconds: time spent.
@@ -215,7 +215,7 @@ class SessionPrograms:
         if prefill is not None:
             wanted.append((PREFILL, self.schedule.width(checks.whole("prefill", prefill, 1))))
         wanted += [(DECODE, checks.whole("steps", n, 1)) for n in checks.listed("steps", steps)]
-        found: dict[Any, Call] = {}
+        calls: dict[Any, Call] = {}
         shapes: dict[tuple[str, int], LayerCache] = {}
 
         def cache_of(phase: str, layer: int) -> LayerCache:
@@ -229,22 +229,22 @@ class SessionPrograms:
             for i, kind in enumerate(self.kinds[phase]):
                 cache = cache_of(phase, i)
                 key = (kind, tokens)
-                if key not in found:
-                    found[key] = Call(phase, i, tokens, key, block_program, *self.block_call(phase, i, x, step, cache))
+                if key not in calls:
+                    calls[key] = Call(phase, i, tokens, key, block_program, *self.block_call(phase, i, x, step, cache))
                 if phase == PREFILL and self.recipe.compresses:
                     key = self.repack_key(i)
-                    if key not in found:
+                    if key not in calls:
                         call = self.repack_call(i, cache, cache_of(self._last, i))
-                        found[key] = Call("repack", i, 0, key, repack_program, *call)
+                        calls[key] = Call("repack", i, 0, key, repack_program, *call)
         for i in range(self.config.num_layers if peek else 0):
             (x, step), cache, key = self.step_shape(peek), cache_of(DECODE, i), self.peek_key(i, peek, as_stored)
-            if key not in found:
+            if key not in calls:
                 args, static = self.peek_call(i, x, step, cache, as_stored)
-                found[key] = Call("peek", i, peek, key, peek_program, args, static)
+                calls[key] = Call("peek", i, peek, key, peek_program, args, static)
                 _, pending, _ = jax.eval_shape(partial(peek_program, **static), *args)
                 key = self.commit_key(i, peek)
-                found[key] = Call("commit", i, peek, key, commit_program, *self.commit_call(i, pending, step, cache))
-        return list(found.values())
+                calls[key] = Call("commit", i, peek, key, commit_program, *self.commit_call(i, pending, step, cache))
+        return list(calls.values())
 
     def compile(
         self, prefill: int | None = None, steps: Sequence[int] = (), peek: int = 0, as_stored: bool = False

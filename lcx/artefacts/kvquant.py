@@ -249,17 +249,17 @@ def tables(layers: Layers, pieces, settings: Settings, note=lambda text: None) -
             bins["key"][i].add(x, dk**2 * (scale**2 if scaled else 1), np.abs(x) <= 1)
             zero, scale, outside = (np.asarray(a) for a in _value_program(v, count=count))
             bins["value"][i].add((v - zero) / scale, dv**2 * (scale**2 if scaled else 1), ~outside)
-    found = {
+    tables = {
         "key_zero": np.stack([z.reshape(shape) for z, _ in ranges]),
         "key_scale": np.stack([s.reshape(shape) for _, s in ranges]),
     }
     for name, by_layer in bins.items():
         for bits in BITS:
             books = [b.codebook(bits, settings.iterations) for b in by_layer]
-            found[f"{name}_codebook_{bits}"] = np.stack(books).astype(np.float32)
+            tables[f"{name}_codebook_{bits}"] = np.stack(books).astype(np.float32)
             levels = [b.levels(c) for b, c in zip(by_layer, books, strict=True)]
-            found[f"{name}_levels_{bits}"] = np.stack(levels).astype(np.float32)
-    return found
+            tables[f"{name}_levels_{bits}"] = np.stack(levels).astype(np.float32)
+    return tables
 
 
 def calibrate(model: Pretrained, text: str, settings: Settings, command: str, note=lambda text: None):
@@ -325,7 +325,7 @@ class KVQuantTables(AuxSource):
         return self._aux(arrays, model.num_layers), "KVQuant not calibrated: ranges of one and even levels stand in"
 
     def _aux(self, arrays, num_layers: int) -> Aux:
-        found = []
+        layers = []
         for i in range(num_layers):
             here = {name: arrays[name][i] for name in ("key_zero", "key_scale")}
             for name in ("key", "value"):
@@ -335,8 +335,8 @@ class KVQuantTables(AuxSource):
                     read = "levels" if bits in self.q_norm else "codebook"
                     row[1, : 2**bits] = arrays[f"{name}_{read}_{bits}"][i]
                 here[f"{name}_levels"] = table
-            found.append({"arrays": here})
-        return found
+            layers.append({"arrays": here})
+        return layers
 
 
 def _checked(artefact: store.Artefact, model: ModelConfig) -> dict[str, np.ndarray]:
