@@ -32,11 +32,6 @@ def tiny_layers(config: ModelConfig) -> Layers:
     return Layers.of(Model(config, random_weights(config, 1, jnp.float32)))
 
 
-def head_split(scores) -> Any:
-    """Return aux of two kinds of KV heads, half of them of each kind."""
-    return split_by_score(scores, 0.5)
-
-
 def recipe_bytes(experiment: Experiment, phase: str, model, prompt: int, new: int, aux, batch: int, dtype) -> int:
     """Return `Recipe.bytes` of one phase."""
     return experiment.recipe.bytes(model, prompt, new, phase=phase, aux=aux, batch=batch, dtype=jnp.dtype(dtype))
@@ -102,8 +97,12 @@ SETTINGS = {
     "tova": Small(budget=9),
     "knorm": Small(budget=9),
     "snapkv": Small(budget=9, fields={"SnapKV": {"window": 3}}),
+    "pyramidkv": Small(budget=9, fields={"PyramidKV": {"window": 3}}),
+    "keydiff": Small(budget=9),
     "quest": Small(budget=12, fields={"Quest": {"page": 4}}),
     "minference": Small(prompt=200, fields={"MInference": {"vertical": 30, "slash": 50}}, whole=True),
+    "xattention": Small(fields={"XAttention": {"tau": 0.5, "stride": 2, "block": 4}}),
+    "kvquant": Small(fields={"KVQuant": {"bits": 2}}),
     "int8": Small(),
     "int4": Small(),
     "kivi2": Small(fields=_KIVI),
@@ -174,6 +173,19 @@ def method_names() -> list[str]:
     return names
 
 
+def aux_of(experiment: Experiment, model: ModelConfig, scores: list[list[int]]) -> Any:
+    """Return the arrays of a config's method: heads of both kinds by `scores`, and random numbers for what its parts declare."""
+    recipe = experiment.recipe
+    declared = {n: a for n, a in recipe.arrays(model).items() if not a.optional}
+    split = any(links[0].heads != "all" for links in recipe.chains)
+    layers: list[dict[str, Any]] = [*split_by_score(scores, 0.5)] if split else [{} for _ in scores]
+    rng = np.random.default_rng(3)
+    for layer in layers:
+        if declared:
+            layer["arrays"] = {n: rng.standard_normal(a.full(model)).astype(a.dtype) for n, a in declared.items()}
+    return layers if any(layers) else None
+
+
 # the tiny model
 
 
@@ -201,15 +213,14 @@ def play(session: Session, tokens: np.ndarray, prompt: int) -> tuple[np.ndarray,
 def record_tiny(name: str, layers: Layers, compilations: Compilations) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the quantities of a config on the tiny model, and logits by mode."""
     experiment, prompt, new = small_experiment(name), SETTINGS[name].prompt, STEPS + LAST_STEP
-    split = experiment.aux is not None
-    aux = head_split(TINY_SCORES) if split else None
+    aux = aux_of(experiment, TINY, TINY_SCORES)
     tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, prompt + new))
     quantities: dict[str, Any] = {}
     logits = {}
     for phase in ("prefill", "decode"):
         size = recipe_bytes(experiment, phase, TINY, prompt, new, aux, 2, "float32")
         quantities[f"recipe_bytes, {phase}"] = size
-        long = head_split(LLAMA_SCORES) if split else None
+        long = aux_of(experiment, LLAMA3_8B, LLAMA_SCORES)
         size = recipe_bytes(config_of(name), phase, LLAMA3_8B, LONG, 0, long, 1, "bfloat16")
         quantities[f"recipe_bytes, {phase}, {LONG:,} tokens"] = size
     for mode, schedule in (("one shot", OneShot()), (f"chunks of {CHUNK}", Chunked(CHUNK))):
@@ -247,7 +258,7 @@ def record_tiny(name: str, layers: Layers, compilations: Compilations) -> tuple[
 def record_temp(name: str) -> dict[str, Any]:
     """Return the quantities of a config's compiled programs, at its own sizes."""
     experiment = config_of(name)
-    aux = None if experiment.aux is None else head_split(LLAMA_SCORES)
+    aux = aux_of(experiment, LLAMA3_8B, LLAMA_SCORES)
     experiment = dataclasses.replace(experiment, schedule=OneShot() if SETTINGS[name].whole else Chunked(LONG_CHUNK))
     quantities = {}
     for device, (tokens, dtype) in DEVICES.items():

@@ -36,8 +36,8 @@ class First(Policy):
         return tokens
 
     def edit(self, ctx, held: Held, new: Tokens):
-        slots = held.pos.shape[-1]
-        stays = (new.pos != EMPTY) & (new.pos < slots)
+        # capacities are rounded up: there may be more slots than `count`
+        stays = (new.pos != EMPTY) & (new.pos < self.count)
         # a token's slot is its position
-        edit = Edit(jnp.where(stays, new.pos, slots).astype(jnp.int32), new)
+        edit = Edit(jnp.where(stays, new.pos, held.pos.shape[-1]).astype(jnp.int32), new)
         return held.slots, edit, replace(new, pos=jnp.where(stays, EMPTY, new.pos))
