@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Wrong input.  The message is one line: key, value, what is allowed.  Command lines print it and exit with 2."""
 
 
+class NotFinite(UserError):
+    """A result that is nan or infinite: the weights or the method have failed."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ` ; did you mean 'x'?` for the allowed name that looks most like `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)

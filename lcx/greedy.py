@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from lcx import checks
-from lcx.errors import UserError
-from lcx.measure.finite import NotFinite, first_not_finite
+from lcx.errors import NotFinite, UserError
+from lcx.measure.finite import first_not_finite
 from lcx.ops.attention import EMPTY
 from lcx.schedules.lookup import Draft
 from lcx.session import Session
@@ -63,30 +63,39 @@ def generate(
 
 def _one_by_one(session: Session, prompt, num_tokens: int, stop: frozenset[int], choose) -> Iterator[int]:
     ids = [int(t) for t in prompt]
-    logits = session.prefill(prompt)
+    logits = _logits(session.prefill, prompt)
     for i in range(num_tokens):
         token = int(best_tokens(session, ids, len(prompt), logits, choose)[0])
         ids.append(token)
         yield token
         if token in stop or i + 1 == num_tokens:
             return
-        logits = session.step([[token]])
+        logits = _logits(session.step, [[token]])
+
+
+def _logits(read: Callable[[Any], jax.Array], tokens) -> jax.Array | None:
+    """Logits after `tokens`; None where the session says that they are nan, for `best_tokens` to look for the layer."""
+    try:
+        return read(tokens)
+    except NotFinite:
+        return None
 
 
 def best_tokens(
-    session: Session, ids: Sequence[int], prompt: int, logits: jax.Array, choose=None, count: int = 1
+    session: Session, ids: Sequence[int], prompt: int, logits: jax.Array | None, choose=None, count: int = 1
 ) -> np.ndarray:
-    """Return int [count], the token that each of the first `count` rows of logits [N,V] stands for.
+    """Return int [count], the token that each of the first `count` rows of logits [N,V] stands for; None: logits that are nan.
 
     Raises:
       NotFinite: a row has a value that is nan, or infinite where it was chosen; names layer and step of a run of `ids`, which was read
         in a prompt of `prompt` tokens and in steps of one.
     """
-    rows = np.asarray(logits)[:count]
-    # all rows at once where a program chooses: one shape
-    chosen = rows.argmax(-1) if choose is None else np.asarray(choose(logits))[:count]
-    if not np.isnan(rows).any() and np.isfinite(np.take_along_axis(rows, chosen[:, None], -1)).all():
-        return chosen
+    if logits is not None:
+        rows = np.asarray(logits)[:count]
+        # all rows at once where a program chooses: one shape
+        chosen = rows.argmax(-1) if choose is None else np.asarray(choose(logits))[:count]
+        if not np.isnan(rows).any() and np.isfinite(np.take_along_axis(rows, chosen[:, None], -1)).all():
+            return chosen
 
     def again():
         session.prefill(np.asarray(ids[:prompt]))
@@ -124,7 +133,7 @@ class Speculation:
 
     def _run(self, session, prompt, num_tokens, stop, choose, draft) -> Iterator[int]:
         ids, start = [int(t) for t in prompt], len(prompt)
-        new = best_tokens(session, ids, start, session.prefill(prompt), choose)
+        new = best_tokens(session, ids, start, _logits(session.prefill, prompt), choose)
         while True:
             for token in new:
                 ids.append(int(token))
@@ -138,7 +147,7 @@ class Speculation:
         drafted = np.asarray(draft.draft(np.asarray(ids, np.int32), most), np.int32)
         if not len(drafted):
             self.widths.append(1)
-            return best_tokens(session, ids, start, session.step([ids[-1:]]), choose)
+            return best_tokens(session, ids, start, _logits(session.step, [ids[-1:]]), choose)
         width, real = 1 + draft.num_tokens, 1 + len(drafted)
         tokens, pos = np.zeros((1, width), np.int32), np.full((1, width), EMPTY, np.int32)
         tokens[0, :real] = [ids[-1], *drafted]

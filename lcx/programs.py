@@ -36,7 +36,7 @@ def _arrays(config: ModelConfig, recipe: Recipe, aux) -> tuple[dict[str, jax.Arr
 
 
 def _ctx(config: ModelConfig, recipe: Recipe, local: bool, aux, implementation: str, **own) -> Ctx:
-    """What a layer's method may look at, all KV heads of it."""
+    """Context of a layer's method, all KV heads of it."""
     arrays, by_head = _arrays(config, recipe, aux)
     return Ctx(
         scale=config.scale,
@@ -87,7 +87,7 @@ def run_peek(w, x, step: Step, cache, aux, *, as_stored: bool = False, **static)
 
 
 def run_commit(pending, step: Step, cache, aux, **static):
-    """What a peeked step writes; a token whose position is EMPTY is not accepted and leaves no trace."""
+    """Tokens that a peeked step writes; one whose position is EMPTY is not accepted and leaves no trace."""
     ctx = layer_ctx(static, aux, step, *pending["own"])
     return write(ctx, static["recipe"], cache, aux.get("heads", {}), pending["lse"], pending["state"])
 

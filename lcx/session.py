@@ -14,7 +14,7 @@ from lcx import checks
 from lcx.axes import Aux
 from lcx.cache import LayerCache, device_bytes
 from lcx.ctx import Step
-from lcx.errors import UserError
+from lcx.errors import NotFinite, UserError
 from lcx.models.decoder import Layers, Model, embed_program, last_rows
 from lcx.ops.attention import EMPTY
 from lcx.programs import block_program, commit_program, forget_program, peek_program, repack_program
@@ -36,6 +36,7 @@ class Session(SessionPrograms):
       implementation: of attention: None, "xla", "pallas" or "cudnn", see `lcx.backends.choose`.
       order: "attend" (a step reads what is held and its own tokens, then writes), or "write" (it writes first and reads its own tokens as
         they are stored, the protocol of KVQuant's perplexities); only for recipes that keep every token.
+      check_finite: `prefill` and `step` wait for their logits and raise where one is nan; False: they return at once, unchecked.
 
     Raises:
       UserError: a size out of range, a recipe that does not suit the model, the schedule or the order, or aux that does not fit.
@@ -53,9 +54,11 @@ class Session(SessionPrograms):
         schedule=None,
         implementation: str | None = None,
         order: str = "attend",
+        check_finite: bool = True,
     ):
         super().__init__(model, recipe, prompt, new_tokens, aux, batch, schedule, implementation, order)
         self.cache: list[LayerCache | None] = [None] * self.config.num_layers
+        self.check_finite = check_finite
         self.next_pos = np.zeros(batch, np.int32)
         # tokens of each row that have taken room; those that an evicting recipe has dropped among them
         self.written = np.zeros(batch, np.int64)
@@ -133,7 +136,7 @@ class Session(SessionPrograms):
           float32 [B,V], or x [B,T,E].
 
         Raises:
-          UserError: ids, shapes or lengths that do not fit.
+          UserError: ids, shapes or lengths that do not fit; NotFinite: logits that are nan.
         """
         checks.one_of("rows", rows, ("last", "all"))
         tokens = checks.token_ids(tokens, self.batch, self.config.vocab_size)
@@ -162,7 +165,20 @@ class Session(SessionPrograms):
         self.written = self._taken(real)
         if rows == "all":
             return streams[0] if len(streams) == 1 else jnp.concatenate(streams, 1)
-        return self.layers.logits(jnp.stack(wanted))
+        return self._logits(jnp.stack(wanted))
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        """Logits [B,V] of the residual stream [B,E]; a run that looks for the layer itself (`watch`) is not stopped."""
+        logits = self.layers.logits(x)
+        if self.check_finite and self.watch is None:
+            bad = np.flatnonzero(np.asarray(jnp.isnan(logits).any(1)))
+            if len(bad):
+                row = int(bad[0])
+                raise NotFinite(
+                    f"logits of row {row} are nan after {int(self.next_pos[row])} tokens; "
+                    "lcx.measure.finite.first_not_finite(session, run) names the layer"
+                )
+        return logits
 
     def _taken(self, real: np.ndarray) -> np.ndarray:
         """int64 [B], room that prompts of `real` [B] tokens have taken; slots that were cut off with a longer prompt are not there."""
@@ -198,13 +214,13 @@ class Session(SessionPrograms):
           float32 [B,V] after the last token, or x [B,T,E].
 
         Raises:
-          UserError: ids or shapes that do not fit, or no room left.
+          UserError: ids or shapes that do not fit, or no room left; NotFinite: logits that are nan.
         """
         checks.one_of("rows", rows, ("last", "all"))
         tokens = checks.token_ids(tokens, self.batch, self.config.vocab_size)
         pos = self.next_pos[:, None] + np.arange(tokens.shape[1], dtype=np.int32)
         x = self.feed(tokens, pos)
-        return x if rows == "all" else self.layers.logits(x[:, -1])
+        return x if rows == "all" else self._logits(x[:, -1])
 
     def feed(self, tokens, pos, *, phase: str = DECODE, left=None) -> jax.Array:
         """Feed tokens at given positions; rows may differ in how many are real, so that one decodes while another reads its prompt.

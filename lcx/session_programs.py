@@ -131,7 +131,7 @@ class SessionPrograms:
         self.kinds = {phase: [self._kind(phase, i) for i in layers] for phase in self.recipes}
 
     def arrays(self, phase: str, layer: int) -> dict[str, Any]:
-        """What a layer's programs take beside the cache: heads, the method's arrays, and settings as numbers."""
+        """Arguments of a layer's programs beside the cache: heads, the method's arrays, and settings as numbers."""
         data = self.data[phase][layer]
         return self.aux[layer] | ({"data": data} if data else {})
 
@@ -278,7 +278,7 @@ class SessionPrograms:
     # ---- memory
 
     def moments(self) -> list[Moment]:
-        """What the caches take while a prompt of `prompt` tokens and the steps after it run, from shapes alone, in order.
+        """Bytes of the caches while a prompt of `prompt` tokens and the steps after it run, from shapes alone, in order.
 
         A step that reads the whole prompt compresses a layer's cache before it makes the next; in chunks every prompt cache is whole
         before the first is compressed.
@@ -304,7 +304,7 @@ class SessionPrograms:
         return [sizes[kind] for kind in self.kinds[phase]]
 
     def predicted_peak_cache_bytes(self) -> int:
-        """What `peak_cache_bytes` will be after a prefill of `prompt` tokens, from shapes alone."""
+        """Peak of the caches' bytes, `peak_cache_bytes`, after a prefill of `prompt` tokens, from shapes alone."""
         return max(moment.cache_bytes for moment in self.moments())
 
 

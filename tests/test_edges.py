@@ -18,7 +18,7 @@ from tiny import quick_compilation  # noqa: F401, a fixture
 import lcx
 from experiments import cli
 from lcx import texts
-from lcx.errors import UserError
+from lcx.errors import NotFinite, UserError
 from lcx.greedy import generate
 from lcx.ops.attention import EMPTY
 from lcx.schedules.lookup import Lookup
@@ -240,6 +240,13 @@ def test_nan_that_comes_while_decoding_is_named(env):
         for token in generate(lcx.Session(model.layers, lcx.Recipe(), PROMPT, NEW), IDS[:PROMPT], NEW):
             got.append(token)
     assert got == first[:1]
+    # a session alone: the row and the number of tokens; unchecked where it is told so
+    session = lcx.Session(model.layers, lcx.Recipe(), PROMPT, NEW, batch=2)
+    session.prefill([IDS[:PROMPT]] * 2)
+    with pytest.raises(NotFinite, match=f"row 1 are nan after {PROMPT + 1} tokens"):
+        session.step([IDS[:1], first[:1]])
+    unchecked = lcx.Session(model.layers, lcx.Recipe(), PROMPT, NEW, check_finite=False)
+    assert np.isnan(unchecked.prefill(first[:1])).any()
     assert "after 13 tokens: layer 0 (of 0 to 1), decode step 1" in str(error.value)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from lcx import checks, texts
 from lcx.axes import KeepAll
-from lcx.errors import UserError
-from lcx.measure.finite import NotFinite, first_not_finite
+from lcx.errors import NotFinite, UserError
+from lcx.measure.finite import first_not_finite
 from lcx.models.decoder import Layers, Model
 from lcx.models.loading import Pretrained
 from lcx.ops.attention import merge
@@ -75,7 +75,7 @@ def far_mass(model: Model | Layers, tokens, sink: int, window: int, chunk: int =
     if len(tokens) <= first:
         raise UserError(f"tokens={len(tokens)} must be above sink + window = {first}: nothing lies outside")
     recipe = Recipe((Segment(policy=FarMass(sink, window)),))
-    session = Session(model, recipe, len(tokens), schedule=Chunked(min(chunk, len(tokens))))
+    session = Session(model, recipe, len(tokens), schedule=Chunked(min(chunk, len(tokens))), check_finite=False)
     if not np.isfinite(np.asarray(session.prefill(tokens))).all():
         raise NotFinite(
             f"attention of {len(tokens)} tokens: {first_not_finite(session, lambda: session.prefill(tokens))}"

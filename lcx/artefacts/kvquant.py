@@ -40,7 +40,7 @@ LEAST = 1e-6  # range of a channel that does not vary
 
 @dataclass(frozen=True)
 class Settings:
-    """What a calibration depends on, beside model and text.
+    """Settings that a calibration depends on, beside model and text.
 
     Args:
       tokens: of the text, from its beginning, a multiple of piece.
@@ -327,15 +327,15 @@ class KVQuantTables(AuxSource):
     def _aux(self, arrays, num_layers: int) -> Aux:
         layers = []
         for i in range(num_layers):
-            here = {name: arrays[name][i] for name in ("key_zero", "key_scale")}
+            layer = {name: arrays[name][i] for name in ("key_zero", "key_scale")}
             for name in ("key", "value"):
                 table = np.zeros((len(BITS), 2, 2 ** max(BITS)), np.float32)
                 for row, bits in zip(table, BITS, strict=True):
                     row[0, : 2**bits] = arrays[f"{name}_codebook_{bits}"][i]
                     read = "levels" if bits in self.q_norm else "codebook"
                     row[1, : 2**bits] = arrays[f"{name}_{read}_{bits}"][i]
-                here[f"{name}_levels"] = table
-            layers.append({"arrays": here})
+                layer[f"{name}_levels"] = table
+            layers.append({"arrays": layer})
         return layers
 
 

@@ -7,12 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lcx.errors import UserError
 from lcx.session import Session
-
-
-class NotFinite(UserError):
-    """A result that is nan or infinite: the weights or the method have failed."""
 
 
 def first_not_finite(session: Session, run: Callable[[], object]) -> str:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx import checks
-from lcx.errors import UserError
+from lcx.errors import NotFinite, UserError
 from lcx.experiment import Experiment
-from lcx.measure.finite import NotFinite, first_not_finite
+from lcx.measure.finite import first_not_finite
 from lcx.models.decoder import Layers
 from lcx.recipe import Recipe
 from lcx.session import Session
@@ -82,7 +82,9 @@ def divergence(layers: Layers, reference: jax.Array, x: jax.Array) -> tuple[floa
     return float(kl.mean(dtype=np.float64)), float(same.mean())
 
 
-def make_session(layers: Layers, experiment: Experiment, prompt: int, new_tokens: int = 0, batch: int = 1) -> Session:
+def make_session(
+    layers: Layers, experiment: Experiment, prompt: int, new_tokens: int = 0, batch: int = 1, check_finite: bool = True
+) -> Session:
     """Return a session for an experiment's recipe, arrays and schedule."""
     aux = experiment.load_aux(layers.config)
     return Session(
@@ -93,6 +95,7 @@ def make_session(layers: Layers, experiment: Experiment, prompt: int, new_tokens
         aux=aux,
         batch=batch,
         schedule=experiment.schedule,
+        check_finite=check_finite,
         implementation=experiment.implementation,
     )
 

@@ -54,8 +54,8 @@ def antidiagonal_mass(
     def rows(i):
         """Per group of queries and block of keys: maximum and sum of exp, for one tile of query groups."""
         at = lax.dynamic_slice_in_dim(a, i * n_q, n_q, 3)
-        here = lax.dynamic_slice_in_dim(own, i * n_q, n_q, 1)
-        return [_blocks(at, here, source, stride, per, scale) for source in sources]
+        groups = lax.dynamic_slice_in_dim(own, i * n_q, n_q, 1)
+        return [_blocks(at, groups, source, stride, per, scale) for source in sources]
 
     tiles = lax.map(rows, jnp.arange(a.shape[3] // n_q))
     join = lambda x: jnp.moveaxis(x, 0, 3).reshape(B, R, G, a.shape[3], x.shape[-1])[:, :, :, : Q * per]

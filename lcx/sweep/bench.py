@@ -14,9 +14,9 @@ import numpy as np
 
 from lcx import texts
 from lcx.cache import device_bytes, shape_bytes
-from lcx.errors import UserError
+from lcx.errors import NotFinite, UserError
 from lcx.measure import memory
-from lcx.measure.finite import NotFinite, first_not_finite
+from lcx.measure.finite import first_not_finite
 from lcx.measure.latency import device_name, summary, timed
 from lcx.measure.quality import divergence, make_session, token_nll
 from lcx.model_config import weight_bytes
@@ -89,7 +89,9 @@ class Bench:
         ids = self.passages(point)
         prompt, end = point.prompt, point.length
         reset = memory.reset_peak_rss()
-        session = make_session(layers, point.experiment, prompt, point.new_tokens, batch=point.batch)
+        session = make_session(
+            layers, point.experiment, prompt, point.new_tokens, batch=point.batch, check_finite=False
+        )
         with _count_cache_hits() as hits:
             compiled = session.compile(prompt, [settings.continuation, 1])
         row = self._static(point, session, compiled)
