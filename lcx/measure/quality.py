@@ -165,7 +165,7 @@ def score_continuation(layers: Layers, experiment: Experiment, ids, prompt: int)
             "after it and one more"
         )
     start = time.perf_counter()
-    session = make_session(layers, experiment, prompt, count)
+    session = make_session(layers, experiment, prompt, count, check_finite=False)
 
     def run():
         session.prefill(ids[:prompt])
