@@ -3,20 +3,17 @@
 The wrong calls are the table of tests/bad_inputs.py.
 """
 
-import importlib
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from absl import flags
 from bad_inputs import BAD, CONFIG, DENSE, H2O6, IDS, NEW, PROMPT, SNAP, VOCAB
+from command_line import run_command
 from pretrained_support import hf_weights, write_gguf
 from tiny import quick_compilation  # noqa: F401, a fixture
 
 import lcx
-from experiments import cli
 from lcx import texts
 from lcx.errors import NotFinite, UserError
 from lcx.greedy import generate
@@ -90,30 +87,6 @@ def test_wrong_input_is_refused_before_anything_runs(env, nothing_runs, bad):
     with pytest.raises(UserError) as error:
         bad.call(env)
     assert_refused(str(error.value), bad.words)
-
-
-def run_command(monkeypatch, capsys, name, *args):
-    """(exit code, stdout, stderr) of a command in this process, its flags defined anew."""
-    for flag in [f for f in flags.FLAGS if flags.FLAGS.find_module_defining_flag(f).startswith("experiments")]:
-        delattr(flags.FLAGS, flag)
-    cli._changes.clear()
-    known = sys.modules.get(f"experiments.{name}")
-    module = known or importlib.import_module(f"experiments.{name}")
-    if hasattr(module, "define_flags"):
-        module.define_flags()
-    elif known:
-        # its flags are defined when it is imported
-        importlib.reload(module)
-    monkeypatch.setattr(sys, "argv", [name, *args])
-    code = 0
-    try:
-        cli.run(name, module.main)
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        flags.FLAGS.unparse_flags()
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 def filled(env, args):

@@ -17,6 +17,7 @@ from lcx.ctx import Step
 from lcx.errors import UserError
 from lcx.layer import attention, open_chain
 from lcx.models.decoder import Layers, embed_program, enter
+from lcx.ops.attention import EMPTY, FAR
 from lcx.programs import layer_ctx, run_block, weights_of
 from lcx.recipe import Recipe
 from lcx.storage import Shape
@@ -132,16 +133,27 @@ def _attention(own, step, cache, aux, **static):
 
 @partial(jax.jit, static_argnames=("config", "recipe", "local", "implementation"))
 def _listed(own, step, cache: LayerCache, aux, **static):
-    """Blocks that the pattern lists for one step, over all query heads."""
+    """Causal blocks that the pattern lists for one step, over all query heads."""
     recipe = static["recipe"]
     ((chain),) = recipe.chains
     reading = open_chain(layer_ctx(static, aux, step, *own), chain, recipe.pattern, cache.segments)
-    pages = recipe.pattern.visit(reading.ctx, reading.held(cache.segments), reading.ctx.own).pages
+    held = reading.held(cache.segments)
+    pages = recipe.pattern.visit(reading.ctx, held, reading.ctx.own).pages
     group = reading.ctx.q.shape[2]
     total = jnp.zeros((), jnp.float32)
-    for visit in pages.values():
-        total += jnp.sum(visit.blocks, dtype=jnp.float32) * (group // visit.blocks.shape[2])
+    for name, visit in pages.items():
+        pos = step.pos[:, None] if name == "own" else held[name].pos
+        first = _edges(jnp.where(pos == EMPTY, FAR, pos), visit.size, FAR, jnp.min)
+        last = _edges(step.pos[:, None], visit.rows, EMPTY, jnp.max)
+        causal = (first[..., None, :] <= last[..., None])[:, :, None]
+        total += jnp.sum(visit.blocks & causal, dtype=jnp.float32) * (group // visit.blocks.shape[2])
     return total
+
+
+def _edges(pos: jax.Array, size: int, fill: int, edge) -> jax.Array:
+    """The first or last position [B,R|1,N] of each block of `size` of pos [B,R|1,S]."""
+    pos = jnp.pad(pos, ((0, 0), (0, 0), (0, -pos.shape[-1] % size)), constant_values=fill)
+    return edge(pos.reshape(*pos.shape[:2], -1, size), -1)
 
 
 def tau_of(prompt: Prompt, pattern, low: float, high: float, tries: int = 12):
