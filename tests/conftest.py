@@ -1,6 +1,9 @@
 """What every test runs under: JAX on the CPU unless JAX_PLATFORMS says otherwise, property tests without chance."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # before any import of jax; the workers of pytest-xdist import this file too
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +16,12 @@ import jax  # noqa: E402
 
 jax.devices()
 del os.environ["NPROC"]
+
+# commands that tests run share what they compile; programs of the tests' own processes are compiled anew, as some tests count them
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="lcx_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 

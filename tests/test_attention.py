@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import quick_compilation as quick_compilation
 
 from lcx.ops.attention import Partial, Source, attend, mass, merge, naive_attend, tokens_source
 from lcx.ops.masks import Mask, Near

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from naive_model import Held as Memory
 from naive_model import NaiveModel
 from tiny import ATOL, TINY, layers, poison, text, weights
+from tiny import quick_compilation as quick_compilation
 
 from lcx.axes import Exact, KeepAll
 from lcx.cache import Edit, Held, Size, Store, Tokens

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from naive_model import NaiveModel
 from tiny import ATOL, TINY, layers, text, weights
+from tiny import quick_compilation as quick_compilation
 
 from lcx import texts
 from lcx.artefacts import head_mass

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from pretrained_support import hf_json, hf_weights, small_config, write_gguf, write_hf
+from tiny import quick_compilation as quick_compilation
 
 from experiments.peers import small_checkpoints as small
 from lcx.errors import UserError

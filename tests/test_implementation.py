@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import quick_compilation as quick_compilation
 
 from lcx.backends import pallas
 from lcx.backends.choose import AUTO, attend, attend_visits, resolve, score_minmax, score_probe

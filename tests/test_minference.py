@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import minference as oracle
+from tiny import quick_compilation as quick_compilation
 
 from lcx.ctx import Ctx
 from lcx.ops.attention import EMPTY, merge

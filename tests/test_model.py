@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from naive_model import NaiveModel, turn
 from tiny import ATOL, TINY, layers, text, weights
+from tiny import quick_compilation as quick_compilation
 
 from lcx.axes import KeepAll
 from lcx.greedy import generate

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from naive_model import Held as Memory
 from naive_model import NaiveModel, activation, rms, turn
 from tiny import ATOL, TINY, layers, poison, text, weights
+from tiny import quick_compilation as quick_compilation
 
 from lcx.axes import CAUSAL, Causal, Exact, KeepAll
 from lcx.cache import Held, Size, Store, Tokens

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import quick_compilation as quick_compilation
 
 from lcx.errors import UserError
 from lcx.experiment import Sweep

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_tokenizer import fields
+from tiny import quick_compilation as quick_compilation
 
 from lcx import tasks
 from lcx.errors import UserError

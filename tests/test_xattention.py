@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import xattention as oracle
+from tiny import quick_compilation as quick_compilation
 
 from lcx.axes import Exact, KeepAll
 from lcx.cache import Held, Size, Store, Tokens
