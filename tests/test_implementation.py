@@ -138,8 +138,24 @@ def test_scores_of_patterns_go_through_the_kernels(implementation):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("form", ["blocks", "lists", "listing", "listing of each block"])
-@pytest.mark.parametrize(("g", "mask"), [(2, None), (1, Near(150, 4))], ids=["by query head", "by KV head, window"])
+@pytest.mark.parametrize(
+    ("form", "g", "mask"),
+    [
+        ("blocks", 2, None),
+        ("lists", 1, Near(150, 4)),
+        ("listing", 2, None),
+        ("listing of each block", 1, Near(150, 4)),
+        *(
+            pytest.param(form, g, mask, marks=pytest.mark.slow)
+            for form, g, mask in [
+                ("blocks", 1, Near(150, 4)),
+                ("lists", 2, None),
+                ("listing", 1, Near(150, 4)),
+                ("listing of each block", 2, None),
+            ]
+        ),
+    ],
+)
 def test_blocks_that_a_pattern_lists_go_through_the_kernel(form, g, mask, monkeypatch):
     """Two blocks of queries, the second cut off and padded; three of keys, with holes; one block of queries that lists nothing."""
     G, T, S = 2, 150, 300

@@ -265,7 +265,7 @@ def load_raw():
     return RawExact()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [3, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (4, 2))])
 def test_how_the_prompt_is_cut_does_not_matter_where_all_is_read_as_stored(bits):
     """Positions are right after chunked prefill, and no chunk sees another range."""
     whole, _ = play(Recipe((chain(bits),)), aux_of(), order="write")
@@ -273,6 +273,7 @@ def test_how_the_prompt_is_cut_does_not_matter_where_all_is_read_as_stored(bits)
     assert np.abs(whole - play(Recipe())[0]).max() > 10 * ATOL
 
 
+@pytest.mark.slow
 def test_fewer_bits_are_further_from_dense():
     dense = play(Recipe())[0]
     off = [np.abs(play(Recipe((chain(bits),)), aux_of())[0] - dense).mean() for bits in BITS]

@@ -132,7 +132,9 @@ def test_what_acts_at_the_end_of_the_prompt_gives_the_text_of_plain_decoding(nam
             assert 0 < tokens.accepted < tokens.drafted
 
 
-@pytest.mark.parametrize("name", BY_STEP)
+@pytest.mark.parametrize(
+    "name", [name if name in ("h2o", "kivi") else pytest.param(name, marks=pytest.mark.slow) for name in BY_STEP]
+)
 def test_what_decides_by_step_gives_the_text_of_the_same_steps(name):
     first = list(generate(session(name), PROMPT, NEW))
     whole = [*PROMPT, *first]

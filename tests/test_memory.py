@@ -139,7 +139,7 @@ def test_a_chunk_on_an_h200_needs_little_beside_the_cache(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("phase,tokens", [("decode", 1), ("prefill", CHUNK)])
+@pytest.mark.parametrize("phase,tokens", [("decode", 1), pytest.param("prefill", CHUNK, marks=pytest.mark.slow)])
 def test_the_kernels_need_no_more_than_xla(name, phase, tokens):
     """But for half a MiB in decode: parts of a split step, lists, and this step's own token padded to a tile."""
     plans = [

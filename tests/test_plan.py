@@ -217,6 +217,7 @@ def test_methods_that_read_the_prompt_in_one_step_are_compiled_at_every_length()
     assert rows[1].at.temp_bytes == here(minference, 3_000).at.temp_bytes
 
 
+@pytest.mark.slow
 def test_no_limit_where_memory_does_not_grow_and_none_where_weights_do_not_fit():
     window = {"window": EXPERIMENTS["window"]}
     _, row = plan(TINY, window, [small(20 * MIB)], [2_048, 9_000], chunk_size=64, **SETTINGS)

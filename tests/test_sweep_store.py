@@ -96,7 +96,7 @@ def kill_again_and_again(workdir, kills, workers, seed, count=12):
     return done
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_sweep_killed_at_random_loses_no_row(tmp_path, workers):
     assert kill_again_and_again(tmp_path, 10, workers, seed=workers) >= 10
 
