@@ -35,7 +35,7 @@ def define_flags(config: str | None = None, several: bool = False) -> None:
 
     Args:
       config: the default of --config.
-      several: --model and --dtype take several, with commas between.
+      several: --model, --dtype, --budget and --keep_ratio take several, with commas between.
     """
     flags.DEFINE_string(
         "config", config, "Config file, such as configs/snapkv.py; --config.FIELD=VALUE changes a field."
@@ -48,10 +48,14 @@ def define_flags(config: str | None = None, several: bool = False) -> None:
         flags.DEFINE_string("dtype", "float32", f"{dtype_help}  float32, bfloat16 or both with a comma between.")
     else:
         flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], dtype_help)
-    flags.DEFINE_integer(
-        "budget", None, "Tokens kept per KV head, sinks and observation window included.", lower_bound=1
-    )
-    flags.DEFINE_float("keep_ratio", None, "The budget as a fraction of the prompt, above 0 and at most 1.")
+    budget_help = "Tokens kept per KV head, sinks and observation window included"
+    ratio_help = "The budget as a fraction of the prompt, above 0 and at most 1"
+    if several:
+        flags.DEFINE_string("budget", None, f"{budget_help}; several with commas between.")
+        flags.DEFINE_string("keep_ratio", None, f"{ratio_help}; several with commas between.")
+    else:
+        flags.DEFINE_integer("budget", None, f"{budget_help}.", lower_bound=1)
+        flags.DEFINE_float("keep_ratio", None, f"{ratio_help}.")
     flags.DEFINE_integer(
         "chunk_size", None, "Tokens a prefill step takes; the default is the config's schedule.", lower_bound=1
     )

@@ -17,6 +17,19 @@ def whole_numbers(name: str, text: str, least: int = 1) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def shares(name: str, text: str) -> tuple[float, ...]:
+    """Return fractions above 0 and at most 1, with commas between.  Raises UserError naming the flag."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (-1.0,)
+    if not all(0 < value <= 1 for value in values):
+        raise UserError(
+            f"{name}={text!r}: allowed are fractions above 0 and at most 1 with commas between, such as 0.1,0.25"
+        )
+    return values
+
+
 def words(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
     """Return words with commas between, each of `allowed`."""
     parts = tuple(part.strip() for part in text.split(",") if part.strip())

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
-from experiments.parsers import in_bytes, pairs, whole_numbers, words
+from experiments.parsers import in_bytes, pairs, shares, whole_numbers, words
 from lcx.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -28,7 +28,14 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("batch", "1", "Texts side by side, such as 1,4.")
     flags.DEFINE_string("seed", "0", "Which passages of the text, such as 0,1,2; 0 is its start.")
-    flags.DEFINE_integer("repeats", 5, "Timed prefills of a point.", lower_bound=1)
+    flags.DEFINE_string(
+        "text_file", None, "UTF-8 files, or names of texts that lcx ships, with commas between; a row for each."
+    )
+    flags.DEFINE_string(
+        "protocol", "decode,prompt", "How continuations are fed: decode (token by token), prompt (one step), or both."
+    )
+    flags.DEFINE_integer("passages", None, "Passages of each text; the default is the config's.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 3, "Timed prefills of a point, in turns with dense attention's.", lower_bound=1)
     flags.DEFINE_integer("warmups", 1, "Untimed prefills before them, and untimed decode steps.", lower_bound=0)
     flags.DEFINE_string(
         "tasks", "", "Further quality figures: ppl, longppl, passkey, needle, ruler, with commas between."
@@ -62,8 +69,9 @@ def define_flags() -> None:
 def main() -> None:
     from lcx.config_files import load_config
     from lcx.experiment import Sweep
-    from lcx.sweep.points import TASKS, Settings
+    from lcx.measure.protocols import PROTOCOLS
     from lcx.sweep.run import as_sweep
+    from lcx.sweep.settings import TASKS, Settings
 
     config = load_config(FLAGS.config, cli.changes())
     changes = {} if isinstance(config, Sweep) else {FLAGS.config: cli.changes()}
@@ -78,7 +86,8 @@ def main() -> None:
         decode_steps=sweep.decode_steps,
         repeats=repeats,
         warmups=FLAGS.warmups,
-        text=sweep.text,
+        passages=FLAGS.passages or sweep.passages,
+        protocols=words("protocol", FLAGS.protocol, PROTOCOLS),
         tasks=words("tasks", FLAGS.tasks, TASKS),
         samples=FLAGS.samples,
         memory_limit=None if FLAGS.memory_limit is None else in_bytes("memory_limit", FLAGS.memory_limit),
@@ -88,8 +97,9 @@ def main() -> None:
         "dtypes": words("dtype", FLAGS.dtype, DTYPES),
         "batches": whole_numbers("batch", FLAGS.batch),
         "seeds": whole_numbers("seed", FLAGS.seed, 0),
-        "budget": FLAGS.budget,
-        "keep_ratio": FLAGS.keep_ratio,
+        "texts": None if FLAGS.text_file is None else tuple(part.strip() for part in FLAGS.text_file.split(",")),
+        "budgets": () if FLAGS.budget is None else whole_numbers("budget", FLAGS.budget),
+        "keep_ratios": () if FLAGS.keep_ratio is None else shares("keep_ratio", FLAGS.keep_ratio),
         "implementation": FLAGS.implementation,
         "changes": changes,
     }
@@ -159,7 +169,7 @@ def _run(sweep, settings, models, axes, retry) -> None:
     )
     if ended.signal is not None:
         _stopped(ended)
-    title = f"{', '.join(dict.fromkeys(models))}, {FLAGS.dtype}, text {settings.text}"
+    title = f"{', '.join(dict.fromkeys(models))}, {FLAGS.dtype}"
     _show(ended, title)
 
 

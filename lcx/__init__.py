@@ -18,6 +18,7 @@ _HOME = {
     "load_config": "lcx.config_files",
     "Experiment": "lcx.experiment",
     "Sweep": "lcx.experiment",
+    "Variant": "lcx.experiment",
     "Recipe": "lcx.recipe",
     "Segment": "lcx.segments",
     "Session": "lcx.session",
@@ -35,6 +36,7 @@ __all__ = [
     "Session",
     "Sweep",
     "UserError",
+    "Variant",
     "__version__",
     "generate",
     "load",
@@ -47,7 +49,7 @@ __all__ = [
 if TYPE_CHECKING:
     from lcx.config_files import load_config
     from lcx.errors import UserError
-    from lcx.experiment import Experiment, Sweep
+    from lcx.experiment import Experiment, Sweep, Variant
     from lcx.greedy import generate
     from lcx.measure.quality import score_continuation, score_text
     from lcx.models.loading import Pretrained, load

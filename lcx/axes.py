@@ -101,6 +101,10 @@ class Part:
         """Return the part with `budget` tokens per KV head, or None where it has no budget."""
         return None
 
+    def idle(self, prompt: int) -> str | None:
+        """Return why the part chooses nothing for a prompt of `prompt` tokens, in words for a row; None where it acts."""
+        return None
+
 
 class Pattern(Part):
     """Choice of the keys that a query reads.  The base reads every causal key.

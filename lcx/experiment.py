@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 
+from lcx import texts
 from lcx.artefacts.source import AuxSource
 from lcx.axes import Aux
 from lcx.errors import UserError
@@ -74,30 +76,53 @@ class Experiment:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A config with some of its fields changed, as a method of its own.
+
+    Attributes:
+      config: path of the config.
+      changes: (dotted field, text) pairs, as `--config.FIELD=VALUE` takes them.
+      name: in rows and figures; None: the config's name and the changed values.
+    """
+
+    config: str
+    changes: tuple[tuple[str, str], ...] = ()
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        if self.name is not None:
+            return self.name
+        return " ".join([Path(self.config).stem, *(f"{key.rpartition('.')[2]}={text}" for key, text in self.changes)])
+
+
+@dataclass(frozen=True)
 class Sweep:
     """Recipes x context lengths on one model.
 
     Attributes:
-      configs: paths of the configs, relative to the checkout; the first is the dense reference.
+      configs: paths of the configs, relative to the checkout, or `Variant`s of them; the first is the dense reference.
       model: as in Experiment.
       lengths: contexts in tokens; each point's prompt is length - continuation.
-      continuation: tokens scored after the prompt.
+      continuation: tokens scored after the prompt of each passage.
+      passages: of each text.
       keep_ratio: budget of every recipe that has one, as a fraction of the prompt; None: the recipes' own.
       decode_steps: single-token steps timed at each point.
       repeats: prefills timed at each point; None: the command's default.
       chunk_size: tokens of a prefill step; None: the recipes' own schedules.
-      text: a name of `lcx.texts`.
+      texts: names of `lcx.texts` or files; each is a row of its own.
     """
 
-    configs: tuple[str, ...]
+    configs: tuple[str | Variant, ...]
     model: str = "smollm2-135m"
     lengths: tuple[int, ...] = (512, 1_024, 2_048)
     continuation: int = 256
+    passages: int = 2
     keep_ratio: float | None = None
     decode_steps: int = 24
     repeats: int | None = None
     chunk_size: int | None = None
-    text: str = "pride_and_prejudice"
+    texts: tuple[str, ...] = texts.DEFAULT
 
     def with_chunks(self, size: int) -> Sweep:
         """Return the sweep with every prompt read in chunks of `size` tokens."""

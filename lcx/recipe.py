@@ -107,6 +107,14 @@ class Recipe:
         count = reads + sum(self._budgeted(c).with_budget(LARGE) is not None for c in self.chains)
         return count == 1 and (len(self.chains) == 1 or reads)
 
+    @property
+    def budget(self) -> int | None:
+        """Tokens that its budgeted part keeps or reads; None where there is no single one."""
+        if not self.has_budget:
+            return None
+        (part,) = [p for p in (self.pattern, *map(self._budgeted, self.chains)) if p.with_budget(LARGE) is not None]
+        return part.budget  # pyrefly: ignore
+
     def with_budget(self, budget: int) -> Recipe:
         """Return the recipe with `budget` tokens per KV head, sinks and observation window included.
 

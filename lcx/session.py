@@ -321,6 +321,10 @@ class Session(SessionPrograms):
         self.written += (pos != EMPTY).sum(1)
         self.next_pos = np.maximum(self.next_pos, pos.max(1) + 1).astype(np.int32)
 
+    def discard(self) -> None:
+        """Drop what was peeked, all of it; the cache is as it was."""
+        self.pending = None
+
     def forget(self, first: int, last: int | None = None, rows: Sequence[int] | None = None) -> None:
         """Forget the tokens at positions `first` ... `last` - 1; the room that they took is not given back.
 

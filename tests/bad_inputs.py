@@ -14,7 +14,7 @@ from lcx.policies.h2o import H2O
 from lcx.policies.snapkv import SnapKV
 from lcx.schedules.chunked import Chunked
 from lcx.schedules.lookup import Lookup
-from lcx.sweep.points import Settings
+from lcx.sweep.settings import Settings
 
 # fmt: off  (a line a case)
 CONFIG = small_config("llama", tied=False)

@@ -19,7 +19,7 @@ from lcx.errors import NotFinite, UserError
 from lcx.greedy import generate
 from lcx.ops.attention import EMPTY
 from lcx.schedules.lookup import Lookup
-from lcx.sweep.points import Settings
+from lcx.sweep.settings import Settings
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabc"
 MOST = 400  # characters of a line

@@ -42,7 +42,8 @@ from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked, OneShot
 from lcx.session import Session
 from lcx.sweep.planned import planned_rows
-from lcx.sweep.points import Loaded, Settings, jobs, specs
+from lcx.sweep.points import Loaded, jobs, specs
+from lcx.sweep.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 TINY = ModelConfig("tiny", 3, 48, 6, 2, 32, 40, 97, 512)

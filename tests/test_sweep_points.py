@@ -17,10 +17,11 @@ from lcx.model_config import ModelConfig, weight_bytes
 from lcx.models.decoder import Layers, Model, random_weights
 from lcx.models.loading import Pretrained
 from lcx.sweep.bench import Bench
-from lcx.sweep.points import Loaded, Settings, jobs, resolve, specs
+from lcx.sweep.points import Loaded, jobs, resolve, specs
 from lcx.sweep.rows import read_rows
 from lcx.sweep.runner import open_sweep, resolve_all, run_here
 from lcx.sweep.schema import BY_NAME, COLUMNS, RATIOS, ratios, whole_row
+from lcx.sweep.settings import Settings
 from lcx.sweep.store import Owner
 
 TINY = ModelConfig("tiny", 3, 48, 6, 2, 32, 40, 97, 512)
@@ -44,7 +45,7 @@ def pretrained(layers=None):
 
 
 def resolved(configs=CONFIGS, lengths=(208,), settings=SETTINGS, **axes):
-    axes = {"keep_ratio": 0.6, **axes}
+    axes = {"keep_ratios": (0.6,), "texts": ("pride_and_prejudice",), **axes}
     return resolve_all(Sweep(configs, lengths=lengths), settings, LOADED, **axes)
 
 

@@ -23,7 +23,8 @@ from lcx.pretrained import Tokenizer
 from lcx.recipe import Recipe
 from lcx.session import Session
 from lcx.sweep.bench import Bench
-from lcx.sweep.points import Point, Settings
+from lcx.sweep.points import Point
+from lcx.sweep.settings import Settings
 from lcx.sweep.task_rows import _ids
 from lcx.tasks import Sample
 

@@ -50,6 +50,14 @@ class SnapKV(Compress):
     def probe(self) -> int:
         return self.window
 
+    def idle(self, prompt):
+        # the authors' class asserts that the budget is above the window
+        return (
+            f"budget {self.budget} is the window: no vote decides, it is a window"
+            if self.budget == self.window
+            else None
+        )
+
     def score(self, ctx, held):
         votes = ctx.mass(held.source, ctx.attend(held.source).lse)  # [B,R,G,S]
         in_window = held.pos >= ctx.last_pos[:, None, None] - self.window + 1

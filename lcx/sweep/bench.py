@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,40 @@ import numpy as np
 from lcx import texts
 from lcx.cache import device_bytes, shape_bytes
 from lcx.errors import NotFinite, UserError
-from lcx.measure import memory
-from lcx.measure.finite import first_not_finite
-from lcx.measure.latency import device_name, summary, timed
-from lcx.measure.quality import divergence, make_session, token_nll
+from lcx.measure import memory, protocols
+from lcx.measure.latency import device_name
+from lcx.measure.quality import make_session
 from lcx.model_config import weight_bytes
 from lcx.models.loading import Pretrained
 from lcx.session import Session
 from lcx.session_programs import Compiled
+from lcx.sweep import quality
 from lcx.sweep.points import Point
+from lcx.sweep.quality import References, Scored
 from lcx.sweep.schema import Row
+from lcx.sweep.turns import Times, measure
 
 # words of jaxlib's errors when memory is short
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "bad_alloc", "Unable to allocate")
+
+
+@dataclass
+class Ready:
+    """A session whose programs are compiled, and the times that were measured with it.
+
+    Attributes:
+      asked: all that session and times depend on.
+      session: of the point.
+      compiled: its programs.
+      cache_hits: programs that the persistent compile cache had already.
+      times: None until they are measured; they do not depend on the text.
+    """
+
+    asked: tuple
+    session: Session
+    compiled: Compiled
+    cache_hits: int
+    times: Times | None = None
 
 
 class Bench:
@@ -35,13 +57,13 @@ class Bench:
 
     Args:
       model: loaded in the points' type.
-      streams: folder for the references' residual streams; None: they stay in memory.
+      streams: folder for what dense points leave to compare with; None: it stays in memory.
     """
 
     def __init__(self, model: Pretrained, streams: Path | None = None):
-        self.model, self.streams = model, streams
-        self._kept: dict[str, np.ndarray] = {}
+        self.model, self.references = model, References(streams)
         self._ids: dict[str, np.ndarray] = {}
+        self._last: Ready | None = None
 
     def row(self, point: Point, reference: Point | None = None) -> Row:
         """Return the row of a point, whatever happens to it: status ok, oom_predicted, oom, nonfinite or error.
@@ -64,93 +86,71 @@ class Bench:
             return {"status": "oom" if any(word in text for word in OUT_OF_MEMORY) else "error", "message": short}
 
     def passages(self, point: Point) -> np.ndarray:
-        """Return int32 [B, text_tokens]: passages of the text, one a batch row, bos in front of each where the tokenizer puts it there.
+        """Return int32 [S,B,text_tokens]: S sets of a batch of passages, bos in front of each where the tokenizer puts it there.
 
-        Seed 0 begins with the text's start.
+        Seed 0 spreads them evenly from the text's start; other seeds draw their starts.
         """
-        name = point.settings.text
+        name, (sets, batch) = point.settings.text, (point.settings.passages, point.batch)
         if name not in self._ids:
-            self._ids[name] = np.asarray(self.model.tokenizer.encode(texts.read(name)), np.int32)
+            self._ids[name] = np.asarray(self.model.tokenizer.encode(texts.load(name)[0]), np.int32)
         front = self.model.tokenizer.front
         ids, length = self._ids[name], point.text_tokens - len(front)
         room = len(ids) - length
         if room < 0:
             raise UserError(f"lengths: text {name!r} has {len(ids)} tokens, {length} are needed; shorten the lengths")
         if point.seed == 0:
-            starts = np.linspace(0, room, point.batch).astype(int)
+            starts = np.linspace(0, room, sets * batch).astype(int)
         else:
-            starts = np.random.default_rng(point.seed).integers(0, room + 1, point.batch)
-        return np.stack([np.concatenate([np.asarray(front, np.int32), ids[s : s + length]]) for s in starts])
+            starts = np.random.default_rng(point.seed).integers(0, room + 1, sets * batch)
+        rows = [np.concatenate([np.asarray(front, np.int32), ids[s : s + length]]) for s in starts]
+        return np.stack(rows).reshape(sets, batch, -1)
 
     def measure(self, point: Point, reference: Point | None = None) -> Row:
         """Measure a point as `row` does, but raise what goes wrong."""
         layers, settings = self.model.layers, point.settings
         point.experiment.check_weights(self.model.config, self.model.sha256)
         ids = self.passages(point)
-        prompt, end = point.prompt, point.length
         reset = memory.reset_peak_rss()
-        session = make_session(
-            layers, point.experiment, prompt, point.new_tokens, batch=point.batch, check_finite=False
-        )
-        with _count_cache_hits() as hits:
-            compiled = session.compile(prompt, [settings.continuation, 1])
+        ready = self._ready(point)
+        session, compiled = ready.session, ready.compiled
         row = self._static(point, session, compiled)
+        notes = list(point.remarks)
         limit = memory_limit() if settings.memory_limit is None else settings.memory_limit
         if limit is not None and row["peak_bytes"] > limit:
             row |= {
                 "status": "oom_predicted",
                 "message": f"predicted peak {row['peak_bytes']:,} bytes, limit {limit:,}",
             }
-            return row | {"compile_s": compiled.seconds, "compile_cache_hits": hits[0]}
+            return row | {"compile_s": compiled.seconds, "compile_cache_hits": ready.cache_hits, "notes": notes}
 
-        ttft = []
-        for i in range(settings.warmups + settings.repeats):
-            session.reset()
-            _, seconds = timed(lambda: session.prefill(ids[:, :prompt]))
-            if i >= settings.warmups:
-                ttft.append(seconds)
-        cache = {"cache_bytes": session.cache_bytes, "peak_cache_bytes": session.peak_cache_bytes}
-        segments = _segment_bytes(session.cache)
-        x, continuation_s = timed(lambda: session.step(ids[:, prompt:end], rows="all"))
-        x = x.reshape(-1, x.shape[-1])
-        nll = token_nll(layers, x, ids[:, prompt + 1 : end + 1].reshape(-1))
-        steps = [timed(lambda t=t: session.step(ids[:, t : t + 1]))[1] for t in range(end, point.text_tokens - 1)]
-        if not np.isfinite(nll).all():
-
-            def again():
-                session.prefill(ids[:, :prompt])
-                session.step(ids[:, prompt:end], rows="all")
-
-            raise NotFinite(first_not_finite(session, again))
-        kl, top1 = self._divergence(point, reference, x)
-        ttft_s, decode = summary(ttft), summary(steps[len(steps) - settings.decode_steps :])
-        device_peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        session.reset()
+        session.prefill(ids[0, :, : point.prompt])
         predicted = row.pop("segment_bytes")
-        row |= cache
+        row |= {"cache_bytes": session.cache_bytes, "peak_cache_bytes": session.peak_cache_bytes}
+        segments = _segment_bytes(session.cache)
+        scored = quality.score(session, layers, ids, point.prompt, settings.continuation, settings.protocols)
+        dense = self._dense(point, reference, ids, scored)
+        row |= quality.columns(layers, point, scored, dense, protocols.decides(session) or _codecs(session))
         row |= {
-            "status": "ok",
-            "ttft_s": ttft_s["median"],
-            "ttft_p10_s": ttft_s["p10"],
-            "ttft_p90_s": ttft_s["p90"],
-            "ttft_n": ttft_s["n"],
-            "warmups": settings.warmups,
-            "prefill_tokens_per_s": point.batch * prompt / ttft_s["median"],
-            "continuation_s": continuation_s,
-            "decode_s": decode["median"],
-            "decode_p10_s": decode["p10"],
-            "decode_p90_s": decode["p90"],
-            "decode_n": decode["n"],
-            "compile_s": compiled.seconds,
-            "compile_cache_hits": hits[0],
+            "segment_tokens": quality.held_tokens(session),
             "segment_bytes": {name: [segments.get(name, 0), n] for name, n in predicted.items()},
-            "device_peak_bytes": device_peak,
             "overflow": session.overflow,
             "peak_rss_bytes": memory.peak_rss_bytes(),
             "peak_rss_of": "point" if reset else "process",
-            "nll": float(nll.mean(dtype=np.float64)),
-            "kl": kl,
-            "top1_agreement": top1,
+            "device_peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        }
+        notes += [text for text in (quality.idle(scored, dense),) if text and reference is not None]
+        notes += [f"segment {name!r} held no token" for name, n in row["segment_tokens"].items() if n == 0]
+        session.reset()
+        if ready.times is None:
+            ready.times = self._times(point, reference, session, ids[0], limit, row["peak_bytes"])
+        row |= ready.times.columns(point)
+        row |= {
+            "status": "ok",
+            "compile_s": compiled.seconds,
+            "compile_cache_hits": ready.cache_hits,
             "device": device_name(),
+            "notes": notes + ready.times.notes(),
         }
         if settings.tasks:
             from lcx.sweep.task_rows import task_scores
@@ -160,6 +160,65 @@ class Bench:
         if bad:
             raise NotFinite(f"{', '.join(bad)} of the row")
         return row
+
+    def _ready(self, point: Point) -> Ready:
+        """Return the point's session, compiled; that of the point before where only the text or the seed differs."""
+        settings, experiment = point.settings, point.experiment
+        asked = (
+            experiment.recipe,
+            experiment.schedule,
+            experiment.implementation,
+            point.aux_sha256,
+            point.length,
+            point.batch,
+        )
+        asked = (*asked, replace(settings, text=""))
+        if self._last is not None and self._last.asked == asked:
+            return self._last
+        # the programs and caches of the point before go first
+        self._last = None
+        session = make_session(
+            self.model.layers, experiment, point.prompt, point.new_tokens, batch=point.batch, check_finite=False
+        )
+        widths = {settings.continuation, 1}
+        peek = settings.continuation if "decode" in settings.protocols and _peeks(session) else 0
+        with _count_cache_hits() as hits:
+            compiled = session.compile(point.prompt, sorted(widths), peek, as_stored=peek > 0)
+        self._last = Ready(asked, session, compiled, hits[0])
+        return self._last
+
+    def _dense(self, point: Point, reference: Point | None, ids, scored: dict[str, Scored]) -> Scored | None:
+        """Return what the point is compared with: itself, where it is the reference, with its far tokens."""
+        if reference is not None:
+            return self.references.get(reference.key)
+        mine = scored[point.settings.protocols[0]]
+        far = quality.far_tokens(self.model.layers, ids, point.prompt, point.settings.near, mine.nll)
+        mine = replace(mine, far=far)
+        for name in scored:
+            scored[name] = mine
+        self.references.keep(point.key, mine)
+        return mine
+
+    def _times(self, point: Point, reference: Point | None, session: Session, ids, limit, peak: int) -> Times:
+        """Time a point in turns with dense attention; alone where both would not fit, or where it is dense attention."""
+        sessions = {"method": session}
+        alone = None
+        if reference is not None:
+            dense = make_session(
+                self.model.layers,
+                reference.experiment,
+                point.prompt,
+                point.new_tokens,
+                batch=point.batch,
+                check_finite=False,
+            )
+            both = peak + dense.predicted_peak_cache_bytes()
+            if limit is not None and both > limit:
+                alone = f"timed alone: with dense attention's cache beside it {both:,} bytes are needed, the limit is {limit:,}"
+            else:
+                dense.compile(point.prompt, (1, point.settings.continuation))
+                sessions["dense"] = dense
+        return measure(sessions, ids, point, alone)
 
     def _static(self, point: Point, session: Session, compiled: Compiled) -> Row:
         """Return the columns that compiling gives."""
@@ -184,31 +243,14 @@ class Bench:
             row |= {f"{phase}_{kind}_bytes": value for kind, value in plan.items()}
         return row
 
-    def _divergence(self, point: Point, reference: Point | None, x) -> tuple[float | None, float | None]:
-        if reference is None:
-            self._keep(point, np.asarray(x, np.float32))
-            return 0.0, 1.0
-        dense = self._stream(reference)
-        return (None, None) if dense is None else divergence(self.model.layers, jnp.asarray(dense, x.dtype), x)
 
-    def _keep(self, point: Point, x: np.ndarray) -> None:
-        if self.streams is None:
-            self._kept[point.key] = x
-            return
-        self.streams.mkdir(parents=True, exist_ok=True)
-        path = self.streams / f"{point.key}.npy"
-        # written aside and renamed: a killed sweep leaves a whole file or none
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            np.save(file, x)
-        part.replace(path)
+def _codecs(session: Session) -> str | None:
+    """Return why one step and many differ for codecs of single tokens: a step's own tokens are exact in the one."""
+    return "codes are read as they are stored" if protocols.differ(session) else None
 
-    def _stream(self, reference: Point) -> np.ndarray | None:
-        """Return the reference's residual stream of the continuation [B*M,E]; None where the reference failed."""
-        if self.streams is None:
-            return self._kept.get(reference.key)
-        path = self.streams / f"{reference.key}.npy"
-        return np.load(path, allow_pickle=False) if path.exists() else None
+
+def _peeks(session: Session) -> bool:
+    return session.order == "attend" and protocols.differ(session) and protocols.decides(session) is None
 
 
 def memory_limit() -> int | None:

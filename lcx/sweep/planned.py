@@ -12,7 +12,8 @@ from typing import Any
 from lcx.model_config import ModelConfig
 from lcx.plan import Device, PlanRow, estimate
 from lcx.plan.programs import Compiler
-from lcx.sweep.points import Point, experiment_of, settings_of
+from lcx.sweep.points import Point, experiment_of
+from lcx.sweep.settings import settings_of
 
 
 def planned_rows(

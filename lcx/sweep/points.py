@@ -13,54 +13,29 @@ from typing import Any
 import jax
 import numpy as np
 
-from lcx import checks
+from lcx import checks, texts
 from lcx.config_files import load_config
 from lcx.errors import UserError
-from lcx.experiment import Experiment, Sweep
+from lcx.experiment import Experiment, Sweep, Variant
 from lcx.model_config import ModelConfig
+from lcx.recipe import Recipe
+from lcx.sweep import sources
+from lcx.sweep.settings import Settings, settings_of
 from lcx.sweep.store import Job
-
-TASKS = ("ppl", "longppl", "passkey", "needle", "ruler")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings that all points of a sweep share.
-
-    Attributes:
-      continuation: tokens scored after the prompt.
-      decode_steps: timed steps of one token.
-      repeats: timed prefills.
-      warmups: untimed prefills before them, and untimed decode steps.
-      text: a name of `lcx.texts`.
-      tasks: further quality figures, of TASKS.
-      samples: of each task.
-      memory_limit: bytes; a point whose predicted peak is above is not run.  None: the memory of the device or the machine.
-      allow_extrapolation: lengths beyond the model's context.
-    """
-
-    continuation: int = 256
-    decode_steps: int = 24
-    repeats: int = 5
-    warmups: int = 1
-    text: str = "pride_and_prejudice"
-    tasks: tuple[str, ...] = ()
-    samples: int = 10
-    memory_limit: int | None = None
-    allow_extrapolation: bool = False
-
-    def __post_init__(self):
-        for name in ("continuation", "decode_steps", "repeats", "samples"):
-            checks.whole(name, getattr(self, name), 1)
-        checks.whole("warmups", self.warmups, 0)
-        for task in self.tasks:
-            if task not in TASKS:
-                raise UserError(f"tasks={task!r}; allowed are {', '.join(TASKS)}")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one length.  `length` is prompt + continuation, in tokens."""
+    """One method at one length on one text.  `length` is prompt + continuation, in tokens.
+
+    Attributes:
+      method: name of the config, or of the variant.
+      keep_ratio: budget as a fraction of the prompt, as it was asked for.
+      budget: tokens a KV head, as it was asked for.
+      text_sha256: of the text's file.
+      sources: digest of the method's source files.
+      remarks: what is to be said in the row before anything runs, such as a budget that the method does not take.
+    """
 
     method: str
     experiment: Experiment
@@ -72,6 +47,11 @@ class Point:
     batch: int = 1
     seed: int = 0
     aux_sha256: str | None = None
+    keep_ratio: float | None = None
+    budget: int | None = None
+    text_sha256: str = ""
+    sources: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> int:
@@ -91,6 +71,7 @@ class Point:
     def key(self) -> str:
         """Return a hash of everything that a row depends on, machine and version apart."""
         parts = (self.experiment.recipe, self.experiment.schedule, self.aux_sha256, self.settings, *self.cell)
+        parts = (*parts, self.text_sha256, self.sources)
         if self.experiment.implementation is not None:
             parts = (*parts, self.experiment.implementation)
         return hashlib.sha256(repr((*parts, self.model_sha256)).encode()).hexdigest()[:16]
@@ -98,12 +79,12 @@ class Point:
     @property
     def cell(self) -> tuple:
         """Place of the point in its sweep."""
-        return (self.method, *self.reference_cell)
+        return (self.method, self.budget, self.keep_ratio, *self.reference_cell)
 
     @property
     def reference_cell(self) -> tuple:
         """Place that a point shares with the dense one that it is compared with."""
-        return (self.model, self.dtype, self.batch, self.length, self.seed)
+        return (self.model, self.dtype, self.batch, self.length, self.seed, self.settings.text)
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -116,8 +97,20 @@ class Point:
             "length": self.length,
             "prompt": self.prompt,
             "seed": self.seed,
+            "text": texts.short_name(self.settings.text),
+            "text_sha256": self.text_sha256,
+            "passages": self.settings.passages * self.batch,
             "schedule": repr(self.experiment.schedule),
+            "recipe": words(self.experiment),
+            "budget": self.kept,
+            "keep_ratio": None if self.kept is None else self.kept / self.prompt,
+            "sources": self.sources,
         }
+
+    @property
+    def kept(self) -> int | None:
+        """Tokens a KV head that the method keeps or reads; None where it has no budget."""
+        return self.experiment.recipe.budget
 
     def check(self, model: ModelConfig) -> None:
         """Raise UserError when the recipe does not suit the model or the prompt."""
@@ -169,9 +162,24 @@ def experiment_of(spec: Mapping[str, Any], settings: Settings) -> Experiment:
     return experiment
 
 
-def settings_of(spec: Mapping[str, Any]) -> Settings:
-    given: dict[str, Any] = {**spec["settings"], "tasks": tuple(spec["settings"]["tasks"])}
-    return Settings(**given)
+def remarks_of(experiment: Experiment, spec: Mapping[str, Any], prompt: int) -> tuple[str, ...]:
+    """Return what a row must say about a method that cannot act as it was asked to."""
+    recipe, asked = experiment.recipe, spec["budget"] or spec["keep_ratio"]
+    if not recipe.has_budget:
+        # the reference of a sweep is no method that was asked for a budget
+        return ("has no single budget: budget and keep_ratio were ignored",) if asked and recipe != Recipe() else ()
+    remarks = [part.idle(prompt) for _, _, part in recipe.parts()]
+    if recipe.budget is not None and recipe.budget >= prompt:
+        remarks.append(f"budget {recipe.budget:,} covers the prompt of {prompt:,} tokens")
+    return tuple(r for r in remarks if r)
+
+
+def words(experiment: Experiment) -> str:
+    """Return a method in one line: its parts with their settings."""
+    return " + ".join(
+        f"{c.name}({', '.join(f'{k}={v}' for k, v in c.settings.items())})" if c.settings else c.name
+        for c in experiment.recipe.describe()
+    )
 
 
 def resolve(spec: Mapping[str, Any], loaded: Loaded) -> Point:
@@ -182,8 +190,9 @@ def resolve(spec: Mapping[str, Any], loaded: Loaded) -> Point:
     """
     settings = settings_of(spec)
     experiment = experiment_of(spec, settings)
+    text, prompt = settings.text, spec["length"] - settings.continuation
     point = Point(
-        method=Path(spec["config"]).stem,
+        method=spec["method"],
         experiment=experiment,
         model=spec["model"],
         model_sha256=loaded.sha256,
@@ -193,6 +202,11 @@ def resolve(spec: Mapping[str, Any], loaded: Loaded) -> Point:
         batch=spec["batch"],
         seed=spec["seed"],
         aux_sha256=aux_digest(experiment, loaded.config),
+        keep_ratio=spec["keep_ratio"] if experiment.recipe.has_budget else None,
+        budget=spec["budget"] if experiment.recipe.has_budget else None,
+        text_sha256=texts.load(text)[1],
+        sources=sources.digest(experiment.recipe),
+        remarks=remarks_of(experiment, spec, prompt),
     )
     point.check(loaded.config)
     return point
@@ -206,50 +220,81 @@ def specs(
     dtypes: Sequence[str] = ("float32",),
     batches: Sequence[int] = (1,),
     seeds: Sequence[int] = (0,),
-    budget: int | None = None,
-    keep_ratio: float | None = None,
+    texts: Sequence[str] | None = None,
+    budgets: Sequence[int] = (),
+    keep_ratios: Sequence[float] = (),
     implementation: str | None = None,
     changes: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the specs of all points, length by length, the first config first: the others are compared with it.
 
     Args:
-      sweep: its `keep_ratio` is the budget of every recipe that has one, unless `budget` or `keep_ratio` say else.
-      settings: shared by all.
+      sweep: its `keep_ratio` is the budget of every recipe that has one, unless `budgets` or `keep_ratios` say else.
+      settings: shared by all, but for the text.
       models, dtypes, batches, seeds: every combination is run.
-      budget: tokens per KV head.
-      keep_ratio: fraction of the prompt.
+      texts: names or files; None: the sweep's.
+      budgets: tokens per KV head; every recipe with a budget is run with each.
+      keep_ratios: fractions of the prompt, likewise.
       implementation: of attention, as in `Experiment`.
       changes: path of a config -> changes of its fields.
 
     Raises:
       UserError: nothing to run, or something twice.
     """
-    if budget is None and keep_ratio is None:
-        keep_ratio = sweep.keep_ratio
-    axes = {"lengths": sweep.lengths, "models": models, "dtypes": dtypes, "batches": batches, "seeds": seeds}
+    if budgets and keep_ratios:
+        raise UserError(f"budget={tuple(budgets)} and keep_ratio={tuple(keep_ratios)}: give one of them")
+    if not budgets and not keep_ratios and sweep.keep_ratio is not None:
+        keep_ratios = (sweep.keep_ratio,)
+    texts = sweep.texts if texts is None else texts
+    axes = {
+        "lengths": sweep.lengths,
+        "models": models,
+        "dtypes": dtypes,
+        "batches": batches,
+        "seeds": seeds,
+        "text": texts,
+    }
     for name, values in axes.items():
         if not values or len(set(values)) < len(values):
             raise UserError(f"{name}={tuple(values)}: give at least one, each once")
+    for name, values in (("budget", budgets), ("keep_ratio", keep_ratios)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{name}={tuple(values)}: give each once")
     if not sweep.configs:
         raise UserError("configs=() of the sweep: give at least one")
-    names = [Path(path).stem for path in sweep.configs]
+    variants = [Variant(c) if isinstance(c, str | Path) else c for c in sweep.configs]
+    names = [variant.label for variant in variants]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"configs: {name!r} appears twice")
+            raise UserError(
+                f"configs: {name!r} appears twice; give one of them a name, lcx.Variant(config, changes, name)"
+            )
     plain = json.loads(json.dumps(settings.__dict__))
+    shares = [{"budget": b, "keep_ratio": None} for b in budgets] + [
+        {"budget": None, "keep_ratio": r} for r in keep_ratios
+    ]
+
+    def shares_of(variant: Variant) -> Sequence[Mapping[str, Any]]:
+        """Every budget for a recipe that has one; the others are run once."""
+        if len(shares) < 2:
+            return shares or [{"budget": None, "keep_ratio": None}]
+        config = load_config(variant.config, {**(changes or {}).get(variant.config, {}), **dict(variant.changes)})
+        has = isinstance(config, Experiment) and config.recipe.has_budget
+        return shares if has else [{"budget": None, "keep_ratio": None}]
+
+    methods = [(variant, share) for variant in variants for share in shares_of(variant)]
     return [
         {
-            "config": str(path),
-            "changes": dict((changes or {}).get(str(path), {})),
-            "settings": plain,
+            "config": variant.config,
+            "method": variant.label,
+            "changes": {**(changes or {}).get(variant.config, {}), **dict(variant.changes)},
+            "settings": {**plain, "text": text},
             "model": model,
             "dtype": dtype,
             "batch": batch,
             "seed": seed,
             "length": length,
-            "budget": budget,
-            "keep_ratio": keep_ratio,
+            **share,
             "chunk_size": sweep.chunk_size,
             "implementation": implementation,
         }
@@ -258,7 +303,8 @@ def specs(
         for batch in batches
         for seed in seeds
         for length in sweep.lengths
-        for path in sweep.configs
+        for variant, share in methods
+        for text in texts
     ]
 
 
@@ -287,8 +333,9 @@ def jobs(found: Sequence[Mapping[str, Any]], models: Mapping[str, Loaded]) -> li
             "reference": reference,
             "recipe": recipe,
             "card": card_of_point(point),
+            "source_files": sources.source_names(point.experiment.recipe),
             "columns": point.columns,
         }
-        group = f"{point.model} {point.dtype} {point.batch} {point.method}"
+        group = f"{point.model} {point.dtype} {point.batch} {point.method} {point.kept}"
         result.append((point, Job(point.key, whole, group, key)))
     return result

@@ -14,9 +14,10 @@ from lcx import texts
 from lcx.errors import UserError
 from lcx.experiment import Experiment, Sweep
 from lcx.pretrained import load_arrays
-from lcx.sweep.points import Loaded, Settings
+from lcx.sweep.points import Loaded
 from lcx.sweep.runner import open_sweep, resolve_all, write_run
 from lcx.sweep.scheduler import Launch, Scheduler, children
+from lcx.sweep.settings import Settings
 from lcx.sweep.store import Store
 from lcx.sweep.watch import watch
 
@@ -100,13 +101,14 @@ def run(
       UserError: anything that is wrong with the points; nothing has run then.
     """
     how = launching or Launching()
-    loaded = load_shapes(models, sweep, settings, how.accept_licence)
+    chosen = (axes or {}).get("texts") or sweep.texts
+    loaded = load_shapes(models, sweep, settings, chosen, how.accept_licence)
     _, jobs = resolve_all(sweep, settings, loaded, **(axes or {}))
     digest = hashlib.sha256(repr([j.key for j in jobs]).encode()).hexdigest()[:8]
     workdir = workdir or Path(f"runs/{name}-{digest}")
     # a wrong request is refused before a folder is made
     launch = launcher(how, fork or workdir)
-    store = open_sweep(workdir, jobs, fork)
+    store = open_sweep(workdir, jobs, fork, lambda text: print(text, file=sys.stderr))
     workdir = fork or workdir
     if retry:
         store.reset(retry)
@@ -119,19 +121,20 @@ def run(
     return Ended(store, workdir, watch(scheduler, store))
 
 
-def load_shapes(models: Sequence[str], sweep: Sweep, settings: Settings, accept_licence: bool) -> dict[str, Loaded]:
-    """Return what resolving needs to know of each model.  Raises UserError where the text is too short for the longest context."""
-    text = texts.read(settings.text)
+def load_shapes(
+    models: Sequence[str], sweep: Sweep, settings: Settings, chosen: Sequence[str], accept_licence: bool
+) -> dict[str, Loaded]:
+    """Return what resolving needs to know of each model.  Raises UserError where a text is too short for the longest context."""
+    read = {name: texts.load(name)[0] for name in chosen}
     most = max(sweep.lengths) + settings.decode_steps + settings.warmups + 2
     loaded = {}
     for name in dict.fromkeys(models):
         model = load_arrays(name, accept_licence=accept_licence)
         loaded[name] = Loaded(model.config, model.sha256)
-        have = len(model.tokenizer.text_ids(text))
-        if have < most:
-            raise UserError(
-                f"lengths: text {settings.text!r} has {have} tokens, {most} are needed; shorten the lengths"
-            )
+        for text, words in read.items():
+            have = len(model.tokenizer.text_ids(words))
+            if have < most:
+                raise UserError(f"lengths: text {text!r} has {have} tokens, {most} are needed; shorten the lengths")
     return loaded
 
 

@@ -10,31 +10,38 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lcx import checks, texts
+from lcx import checks
+from lcx import texts as shipped
 from lcx.checkout import revision
 from lcx.errors import UserError
 from lcx.experiment import Experiment
 from lcx.models.loading import Pretrained
 from lcx.recipe import Recipe
+from lcx.sweep import sources
 from lcx.sweep.bench import Bench
 from lcx.sweep.line import line
-from lcx.sweep.points import Loaded, Point, Settings, aux_digest, jobs, specs
+from lcx.sweep.points import Loaded, Point, aux_digest, jobs, remarks_of, specs
 from lcx.sweep.schema import Row, leaves, ratios, whole_row
+from lcx.sweep.settings import Settings
 from lcx.sweep.store import Job, Store
 
 SHOWN = 6  # differences that a refusal lists
 
 
-def open_sweep(workdir: Path, found: Sequence[Job], fork: Path | None = None) -> Store:
-    """Return the store of a sweep, with all its points in it.
+def open_sweep(
+    workdir: Path, found: Sequence[Job], fork: Path | None = None, note: Callable[[str], None] = lambda text: None
+) -> Store:
+    """Return the store of a sweep, with all its points in it.  A point whose method's source has changed takes the place of the old one.
 
     Args:
       workdir: where rows are; the same one again continues.
       found: the sweep's points.
       fork: a new folder that takes over the rows of `workdir` whose points are the same.
+      note: called with a line where points run anew.
 
     Raises:
       UserError: `workdir` holds other points, with the differences; `fork` exists already, or there is nothing to fork.
@@ -50,18 +57,63 @@ def open_sweep(workdir: Path, found: Sequence[Job], fork: Path | None = None) ->
     store = Store(workdir)
     there = store.jobs()
     if there and {j.key for j in there} != {j.key for j in found}:
-        raise UserError(
-            f"workdir={str(workdir)!r} holds another sweep: {differences(there, found)}; give another --workdir, or "
-            "--fork=DIR to start anew there with the rows that stay the same"
-        )
+        stale = changed_sources(there, found)
+        if not stale:
+            raise UserError(
+                f"workdir={str(workdir)!r} holds another sweep: {differences(there, found)}; give another --workdir, or "
+                "--fork=DIR to start anew there with the rows that stay the same"
+            )
+        old = store.replace(stale)
+        note(f"{len(stale)} points run anew, as the source of their method changed: {_files(old, found)}")
     store.add(found)
     return store
 
 
+def changed_sources(old: Sequence[Job], new: Sequence[Job]) -> dict[str, Job]:
+    """Return key of an old point -> the point that takes its place, where the two sets differ in the methods' sources alone.
+
+    Empty where anything else differs, or where a row was written before sources counted.
+    """
+    before, after = {_cell(j): j for j in old}, {_cell(j): j for j in new}
+    if before.keys() != after.keys():
+        return {}
+    stale = {before[at].key: j for at, j in after.items() if before[at].key != j.key}
+    by_key = {j.key: j for j in old}
+
+    def plain(j: Job):
+        spec = {name: value for name, value in j.spec.items() if name not in ("source_files", "reference")}
+        return {**spec, "columns": {n: v for n, v in j.spec["columns"].items() if n != "sources"}}
+
+    for key, j in stale.items():
+        reference = by_key[key].reference in stale
+        same = plain(by_key[key]) == plain(j) and "source_files" in by_key[key].spec
+        changed = by_key[key].spec.get("source_files") != j.spec["source_files"] or reference
+        if not (same and changed):
+            return {}
+    return stale
+
+
+def _files(old: Sequence[Job], new: Sequence[Job]) -> str:
+    """Return the names of the source files that differ, by cell."""
+    after = {_cell(j): j.spec["source_files"] for j in new}
+    names: dict[str, None] = {}
+    for j in old:
+        mine, theirs = j.spec["source_files"], after[_cell(j)]
+        names |= dict.fromkeys(n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n))
+    return ", ".join(names)
+
+
+CELL = ("method", "model", "dtype", "batch", "length", "seed", "text", "budget", "keep_ratio")
+
+
+def _cell(job: Job) -> tuple:
+    """Place of a point in its sweep, from the columns of its row; rows of before have no text and no budget."""
+    return tuple(job.spec["columns"].get(name) for name in CELL)
+
+
 def differences(old: Sequence[Job], new: Sequence[Job]) -> str:
     """Return the differences between two sets of points, field by field: `field old -> new`."""
-    cell = lambda j: tuple(j.spec["columns"][n] for n in ("method", "model", "dtype", "batch", "length", "seed"))
-    before, after = {cell(j): j for j in old}, {cell(j): j for j in new}
+    before, after = {_cell(j): j for j in old}, {_cell(j): j for j in new}
     changed: dict[str, int] = {}
     for at in before.keys() & after.keys():
         a, b = leaves(before[at].spec), leaves(after[at].spec)
@@ -105,7 +157,9 @@ def run_methods(
     methods: Mapping[str, Experiment | Recipe],
     lengths: Sequence[int],
     *,
-    keep_ratio: float | None = None,
+    keep_ratio: float | Sequence[float] | None = None,
+    budget: int | Sequence[int] | None = None,
+    texts: Sequence[str] | None = None,
     settings: Settings | None = None,
     batch: int = 1,
     on_row: Callable[[Row], None] | None = None,
@@ -116,8 +170,10 @@ def run_methods(
       model: as `lcx.load` gives it.
       methods: name -> method; the first is what the others are compared with, so it should be dense.
       lengths: contexts in tokens, prompt and continuation.
-      keep_ratio: budget of every method that has one, as a fraction of the prompt; None: their own.
-      settings: measurements and their counts; by default 3 timed prefills, 16 decode steps, 256 tokens scored.
+      keep_ratio: budget of every method that has one, as a fraction of the prompt, or several; None: their own.
+      budget: the same in tokens a KV head, instead of keep_ratio.
+      texts: names of `lcx.texts` or files, a row for each; None: two that lcx ships.
+      settings: measurements and their counts; by default 3 timed prefills, 16 decode steps, two passages of 256 tokens scored.
       batch: texts side by side.
       on_row: called with each finished row; None: a line is printed.
 
@@ -131,25 +187,58 @@ def run_methods(
     checks.kind("model", model, Pretrained)
     checks.kind("settings", settings, Settings)
     checks.whole("batch", batch, 1)
+    if budget is not None and keep_ratio is not None:
+        raise UserError(f"budget={budget} and keep_ratio={keep_ratio}: give one of them")
+    shares = [(None, ratio) for ratio in _several(keep_ratio)] + [(tokens, None) for tokens in _several(budget)]
+    chosen = shipped.DEFAULT if texts is None else tuple(checks.listed("texts", texts))
+    digests = {text: shipped.load(text, "texts")[1] for text in chosen}
     points = []
     for length in checks.listed("lengths", lengths):
         if checks.whole("lengths", length, 1) <= settings.continuation:
             raise UserError(f"lengths: {length} must be above the continuation of {settings.continuation} tokens")
         for name, method in _named(methods).items():
             experiment = method if isinstance(method, Experiment) else Experiment(method)
-            if experiment.recipe.has_budget:
-                experiment = experiment.with_budget(length - settings.continuation, None, keep_ratio)
-            digest = aux_digest(experiment, model.config)
-            dtype = str(model.layers.dtype)
-            point = Point(name, experiment, model.name, model.sha256, length, settings, dtype, batch, 0, digest)
-            point.check(model.config)
-            points.append(point)
+            for share in (shares if experiment.recipe.has_budget else shares[:1]) or [(None, None)]:
+                for text in digests:
+                    asked = replace(settings, text=text)
+                    point = _point(name, experiment, model, length, asked, batch, share, digests[text])
+                    point.check(model.config)
+                    points.append(point)
     if len({point.key for point in points}) < len(points) or not points:
         raise UserError(f"lengths={checks.brief(lengths)}: give at least one, each once")
     bench = Bench(model)
     for point in points:
         checks.token_ids(bench.passages(point), batch, model.config.vocab_size)
     return run_here(model, points, on_row or (lambda row: print(line(row), flush=True)))
+
+
+def _several(value) -> list:
+    return [] if value is None else list(value) if isinstance(value, Sequence) else [value]
+
+
+def _point(name, experiment: Experiment, model: Pretrained, length, settings: Settings, batch, share, digest) -> Point:
+    """Return the point of a method at a length, on a text, with a (budget, keep_ratio)."""
+    prompt, (budget, keep_ratio) = length - settings.continuation, share
+    if experiment.recipe.has_budget:
+        experiment = experiment.with_budget(prompt, budget, keep_ratio)
+    else:
+        budget = keep_ratio = None
+    return Point(
+        method=name,
+        experiment=experiment,
+        model=model.name,
+        model_sha256=model.sha256,
+        length=length,
+        settings=settings,
+        dtype=str(model.layers.dtype),
+        batch=batch,
+        aux_sha256=aux_digest(experiment, model.config),
+        keep_ratio=keep_ratio,
+        budget=budget,
+        text_sha256=digest,
+        sources=sources.digest(experiment.recipe),
+        remarks=remarks_of(experiment, {"budget": share[0], "keep_ratio": share[1]}, prompt),
+    )
 
 
 def _named(methods: Mapping[str, Experiment | Recipe]) -> Mapping[str, Experiment | Recipe]:
@@ -187,7 +276,7 @@ def write_run(
         "models": {
             name: {"sha256": sha256, "config": dataclasses.asdict(config)} for name, (sha256, config) in models.items()
         },
-        "text": {"name": settings.text, "sha256": texts.TEXTS[settings.text].sha256},
+        "texts": {j.spec["columns"]["text"]: j.spec["columns"]["text_sha256"] for j in found},
         "points": {j.key: j.spec for j in found},
     }
     path = workdir / "run.json"

@@ -36,6 +36,22 @@ def _xla(phase: str) -> tuple[Column, ...]:
     return tuple(Column(f"{phase}_{kind}_bytes", "int", f"{meaning}; {what}") for kind, meaning in kinds.items())
 
 
+def _quality(prefix: str) -> tuple[Column, ...]:
+    """Return the columns of one protocol; those with its name are the second protocol's."""
+    under = f" under the protocol {prefix[:-1]}, where it is not the row's first" if prefix else ""
+    return (
+        Column(f"{prefix}nll", "float", f"mean negative log likelihood of the continuations, nats a token{under}"),
+        Column(f"{prefix}kl", "float", f"KL(dense || method) over the continuations, nats a token{under}"),
+        Column(f"{prefix}top1_agreement", "float", f"share of tokens whose likeliest next token is dense's{under}"),
+        Column(f"{prefix}se_tokens", "float", f"standard error of nll - dense's over tokens, paired, nats{under}"),
+        Column(f"{prefix}se_passages", "float", f"the same over the passages' means; null for one passage{under}"),
+        Column(f"{prefix}far_minus_dense", "float", f"nll - dense's over the far tokens, nats a token{under}"),
+        Column(
+            f"{prefix}far_se", "float", f"its standard error, the larger of that over tokens and over passages{under}"
+        ),
+    )
+
+
 COLUMNS = (
     Column("key", "str", "hash of the resolved point"),
     Column("status", "str", f"one of {', '.join(STATUSES)}; todo or running where there is no row yet"),
@@ -46,7 +62,15 @@ COLUMNS = (
     Column("batch", "int", "texts side by side"),
     Column("length", "int", "context: prompt and continuation, tokens"),
     Column("prompt", "int", "tokens read by the prefill"),
-    Column("seed", "int", "which passages of the text; 0: its start"),
+    Column("seed", "int", "which passages of the text; 0: spread evenly from its start"),
+    Column("text", "str", "name of the text, or of its file"),
+    Column("text_sha256", "str", "of the text's file"),
+    Column("passages", "int", "passages scored: prompt and continuation each"),
+    Column("recipe", "str", "the method's parts and their settings"),
+    Column("budget", "int", "tokens a KV head that the method keeps or reads; null where it has no single budget"),
+    Column("keep_ratio", "float", "budget / prompt"),
+    Column("sources", "str", "sha256 of lcx's version and of the method's source files"),
+    Column("notes", "json", "what a reader must know: that the method did nothing, or that times are unsteady"),
     Column("schedule", "str", "how the prompt is read"),
     Column("implementation", "str", "of attention: xla, pallas, cudnn, or what is taken source by source", True),
     Column("ttft_s", "float", "time to first token: prefill with the last token's logits, median over ttft_n, s", True),
@@ -56,6 +80,9 @@ COLUMNS = (
     Column(
         "warmups", "int", "untimed prefills before; as many untimed decode steps and one more come before the timed"
     ),
+    Column("dense_ttft_s", "float", "dense attention's ttft_s, measured in turns with the method's, s", True),
+    Column("dense_decode_s", "float", "dense attention's decode_s, measured in turns with the method's, s", True),
+    Column("load", "float", "the machine's load (1 minute) before the times, for each core", True),
     Column("prefill_tokens_per_s", "float", "batch x prompt / ttft_s", True),
     Column("continuation_s", "float", "one step that reads the whole continuation, s", True),
     Column("decode_s", "float", "one step of one token a text, median over decode_n, s", True),
@@ -72,6 +99,9 @@ COLUMNS = (
     ),
     Column("cache_bytes", "int", "device bytes of all cache arrays after the prompt; room for the new tokens included"),
     Column("recipe_bytes", "int", "the same as recipe.bytes predicts it"),
+    Column(
+        "segment_tokens", "json", "tokens that each segment holds after the last step, a mean over layers and KV heads"
+    ),
     Column("segment_bytes", "json", "cache_bytes by segment: name -> [arrays, predicted]"),
     Column("peak_cache_bytes", "int", "most bytes of caches that lived at once"),
     Column("bits_per_value", "float", "bits for each cached key or value channel: scales, positions, state counted"),
@@ -83,9 +113,21 @@ COLUMNS = (
     Column("device_peak_bytes", "int", "peak_bytes_in_use of the device's allocator; null on a CPU", True),
     Column("peak_rss_bytes", "int", "peak of the child's resident memory (VmHWM)", True),
     Column("peak_rss_of", "str", "point where the peak was reset before it, else process", True),
-    Column("nll", "float", "mean negative log likelihood of the continuation, nats a token"),
-    Column("kl", "float", "KL(dense || method) over the continuation, nats a token"),
-    Column("top1_agreement", "float", "share of the continuation's tokens whose likeliest next token is dense's"),
+    Column(
+        "protocol",
+        "str",
+        "of the columns from nll to far_se: decode (the continuation token by token, as in generation) or prompt (in one step, after "
+        "which only what the method did at the end of the prompt has acted)",
+    ),
+    Column("acts_in_decode", "str", "why the two protocols differ; no where they are the same by construction"),
+    *_quality(""),
+    Column(
+        "far_tokens",
+        "int",
+        "scored tokens that dense attention predicts only with more than the nearest tokens (LongPPL's rule)",
+    ),
+    Column("far_nll", "float", "nll of these tokens, nats a token"),
+    *_quality("prompt_"),
     Column("tasks", "json", "scores of the tasks requested by --tasks"),
     Column("device", "str", "what times were measured on", True),
     Column("host", "str", "machine", True),
@@ -101,6 +143,9 @@ RATIOS = (
     Column("ttft_over_dense", "float", "ttft_s / dense's, same machine only", True),
     Column("decode_over_dense", "float", "decode_s / dense's, same machine only", True),
     Column("nll_minus_dense", "float", "nll - dense's, nats a token"),
+    Column("nll_minus_dense_se", "float", "its standard error: the larger of se_tokens and se_passages"),
+    Column("prompt_nll_minus_dense", "float", "prompt_nll - dense's, nats a token"),
+    Column("prompt_nll_minus_dense_se", "float", "its standard error"),
 )
 
 
@@ -118,13 +163,28 @@ def ratios(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> Row:
         a, b = row.get(name), dense.get(name)
         return a / b if same and a and b else None
 
+    def in_turns(name: str):
+        """The ratio to dense's time of the same turns; rows of before have none, and take the dense row's."""
+        a, b = row.get(name), row.get(f"dense_{name}")
+        return a / b if a and b else over(name, same)
+
+    def less(name: str):
+        a, b = row.get(name), dense.get(name)
+        return None if a is None or b is None else a - b
+
+    def error(prefix: str):
+        errors = [row.get(f"{prefix}{kind}") for kind in ("se_tokens", "se_passages")]
+        return max((e for e in errors if e is not None), default=None)
+
     same = row.get("host") == dense.get("host") and row.get("device") == dense.get("device")
-    a, b = row.get("nll"), dense.get("nll")
     return {
         "cache_over_dense": over("cache_bytes"),
-        "ttft_over_dense": over("ttft_s", same),
-        "decode_over_dense": over("decode_s", same),
-        "nll_minus_dense": None if a is None or b is None else a - b,
+        "ttft_over_dense": in_turns("ttft_s"),
+        "decode_over_dense": in_turns("decode_s"),
+        "nll_minus_dense": less("nll"),
+        "nll_minus_dense_se": error(""),
+        "prompt_nll_minus_dense": less("prompt_nll"),
+        "prompt_nll_minus_dense_se": error("prompt_"),
     }
 
 

@@ -140,6 +140,25 @@ class Store:
                     (j.key, place, json.dumps(j.spec, sort_keys=True), j.group, j.reference),
                 )
 
+    def replace(self, points: Mapping[str, Job]) -> list[Job]:
+        """Put new jobs, to be run, in the places of old ones, and return the old; their rows go to `replaced.jsonl` beside the store."""
+        old = [(job, row) for job, _, row in self.points() if job.key in points]
+        lines = [
+            json.dumps({"key": job.key, "spec": job.spec, "row": row}, sort_keys=True)
+            for job, row in old
+            if row is not None
+        ]
+        if lines:
+            with (self.path.parent / "replaced.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+        with self._open(sum(len(json.dumps(j.spec)) for j in points.values())) as db:
+            for key, j in points.items():
+                db.execute(
+                    "UPDATE points SET key = ?, spec = ?, grp = ?, reference = ?, status = 'todo', row = NULL, owner = NULL WHERE key = ?",
+                    (j.key, json.dumps(j.spec, sort_keys=True), j.group, j.reference, key),
+                )
+        return [job for job, _ in old]
+
     def take(self, other: Store) -> None:
         """Copy the rows of points that both stores have and this one has not run."""
         rows = {job.key: (status, row) for job, status, row in other.points() if row is not None}

@@ -31,7 +31,25 @@ TEXTS = {
         "the R package janeaustenr (Debian r-cran-janeaustenr, lines joined with a line feed)",
         licence="public domain",
     ),
+    "ledger": Text(
+        file="ledger.txt",
+        sha256="6dcc6e3880d13175152f9441818b7b55ab8a664907f165fa2c524a2b16ccb027",
+        characters=174_808,
+        tokens=67_857,
+        origin="a harbour's day book whose entries repeat particulars of entries 1 to 150 lines before, by scripts/make_ledger.py",
+        licence="Apache-2.0",
+    ),
+    "code": Text(
+        file="code.txt",
+        sha256="129f9927d26387217efa5e0cbe63d9ccd8282c1268f83157e3a934e602a84bb5",
+        characters=117_399,
+        tokens=35_099,
+        origin="Python: ten modules of lcx as they were once",
+        licence="Apache-2.0",
+    ),
 }
+# what a sweep scores by default: one that hardly needs its far context, and one that cannot do without
+DEFAULT = ("pride_and_prejudice", "ledger")
 
 
 def path(name: str) -> Path:
@@ -60,6 +78,29 @@ def read(name: str) -> str:
     if digest != TEXTS[name].sha256:
         raise UserError(f"text={name!r}: {file} has sha256 {digest}, not {TEXTS[name].sha256}; install lcx again")
     return decode(raw)
+
+
+def load(name: str, flag: str = "text") -> tuple[str, str]:
+    """Return a text and the sha256 of its file, by the name of one that lcx ships or by a path.
+
+    Raises:
+      UserError: neither a name nor a file, or a file that is not UTF-8 or empty.
+    """
+    if name in TEXTS:
+        return read(name), TEXTS[name].sha256
+    if not Path(name).is_file():
+        raise UserError(
+            f"{flag}={name!r}: no such file; allowed are files, and {', '.join(TEXTS)}{nearest(name, TEXTS)}"
+        )
+    text = read_file(name, flag)
+    if not text.strip():
+        raise UserError(f"{flag}={name!r} is empty")
+    return text, hashlib.sha256(Path(name).read_bytes()).hexdigest()
+
+
+def short_name(name: str) -> str:
+    """Return the name of a text in rows and figures: that of a shipped text, else the file's without its folder."""
+    return name if name in TEXTS else Path(name).name
 
 
 def read_file(path: str | Path, flag: str = "text_file") -> str:
