@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from lcx.config_files import all_configs, load_config
 from lcx.errors import UserError
-from lcx.report import axes, cards, figures, heat, scores, source, tables, terminal, write_report
+from lcx.report import axes, cards, figures, heat, quality_panels, scores, source, tables, terminal, write_report
 from lcx.report.compare import compare
 from lcx.report.escape import csv_cell, el, plot_text
 from lcx.report.export import csv_text, export
@@ -473,7 +473,7 @@ def test_inline_svg_follows_the_page_and_keeps_ids_apart(plain):
 
 def test_front_is_what_nothing_beats():
     points = {"a": (1.0, 3.0), "b": (2.0, 1.0), "c": (2.5, 2.0), "d": (4.0, 0.5), "e": (4.0, 0.6), "f": (5.0, 0.5)}
-    assert figures.front_of(points) == ["a", "b", "d"]
+    assert quality_panels.front_of(points) == ["a", "b", "d"]
 
 
 @pytest.mark.parametrize(

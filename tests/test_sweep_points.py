@@ -57,13 +57,21 @@ def rows():
 def test_a_row_has_every_column_in_its_type(rows):
     kinds = {"str": str, "int": int, "float": float, "json": dict}
     empty = {"message", "device_peak_bytes", "tasks", "host", "child_start_s", "wall_s", "finished"}
+    kept = {"budget", "keep_ratio"}
+    paired = {c.name for c in COLUMNS if c.name.endswith(("se_tokens", "se_passages", "far_se"))}
     for row in rows:
+        absent = empty | (kept if row["method"] in ("dense", "kivi2") else set())
+        absent |= {"dense_ttft_s", "dense_decode_s"} if row["method"] == "dense" else set()
+        # no token of a random model needs its far context
+        assert row["far_tokens"] == 0
+        absent |= {c.name for c in COLUMNS if "far_" in c.name} - {"far_tokens"}
         assert list(row) == [c.name for c in (*COLUMNS, *RATIOS)]
         assert row["status"] == "ok", row["message"]
         for column in COLUMNS:
             value = row[column.name]
-            assert (value is None) == (column.name in empty), column.name
-            assert value is None or type(value) is kinds[column.kind], column.name
+            assert (value is None) == (column.name in absent), (row["method"], column.name)
+            assert value is None or type(value) is (list if column.name == "notes" else kinds[column.kind]), column.name
+        assert all(row[name] >= 0 for name in paired - absent)
 
 
 def test_bytes_of_a_row_are_those_of_the_arrays(rows):
@@ -82,7 +90,13 @@ def test_bytes_of_a_row_are_those_of_the_arrays(rows):
 @pytest.mark.parametrize("chunk", [None, 48])
 @pytest.mark.parametrize("config", ["configs/dense.py", "configs/snapkv.py", "configs/kivi2.py"])
 def test_predicted_peak_of_caches_is_what_a_prefill_holds(config, chunk):
-    found = specs(Sweep((config,), lengths=(208,), chunk_size=chunk), SETTINGS, models=["tiny"], keep_ratio=0.6)
+    found = specs(
+        Sweep((config,), lengths=(208,), chunk_size=chunk),
+        SETTINGS,
+        models=["tiny"],
+        keep_ratios=(0.6,),
+        texts=("ledger",),
+    )
     ((point, _),) = jobs(found, LOADED)
     from lcx.measure.quality import make_session
 
@@ -97,11 +111,17 @@ def test_ratios_are_against_the_dense_row_of_the_same_cell(rows):
         of = dense[row["length"]]
         assert row["cache_over_dense"] == row["cache_bytes"] / of["cache_bytes"]
         assert row["nll_minus_dense"] == row["nll"] - of["nll"]
-        assert row["decode_over_dense"] == row["decode_s"] / of["decode_s"]
+        # in turns: the times of the row itself
+        turns = row["decode_s"] if row is of else row["dense_decode_s"]
+        assert row["decode_over_dense"] == row["decode_s"] / turns
+        assert row["prompt_nll_minus_dense"] == row["prompt_nll"] - of["prompt_nll"]
+        assert row["nll_minus_dense_se"] == max(row["se_tokens"], row["se_passages"])
         # KIVI's exact tail still holds all of the prompt
-        assert (row["kl"] > 0) == (row["method"] in ("sink_window", "snapkv"))
+        assert (row["kl"] > 1e-6) == (row["method"] in ("sink_window", "snapkv"))
+        assert (row["acts_in_decode"] == "no") == (row["method"] in ("dense", "snapkv"))
+        assert (row["notes"] != []) == (row["method"] == "kivi2")
     # times of two machines are not divided
-    elsewhere = ratios({**rows[1], "host": "far"}, rows[0])
+    elsewhere = ratios({**rows[1], "host": "far", "dense_decode_s": None}, rows[0])
     assert elsewhere["decode_over_dense"] is None and elsewhere["cache_over_dense"] is not None
     assert set(ratios({"nll": 1.0}, None).values()) == {None}
 
@@ -118,19 +138,20 @@ def test_a_child_keeps_the_reference_on_disk_and_finds_the_same(tmp_path, rows):
     assert first.row(points[0])["nll"] == rows[0]["nll"]
     second = Bench(pretrained(), tmp_path)
     for point, row in zip(points[1:3], rows[1:3], strict=True):
-        assert second.row(point, points[0])["kl"] == row["kl"] > 0
+        again = second.row(point, points[0])
+        assert again["kl"] == row["kl"] > 0 and again["se_tokens"] == row["se_tokens"] > 0
     # a reference that failed leaves no stream: no divergence, but the rest
     alone = Bench(pretrained(), tmp_path / "none").row(points[1], points[0])
-    assert alone["status"] == "ok" and alone["kl"] is None and alone["nll"] == rows[1]["nll"]
+    assert alone["status"] == "ok" and alone.get("kl") is None and alone["nll"] == rows[1]["nll"]
 
 
 def test_batch_rows_and_seeds_read_other_passages():
     (point,) = resolved(CONFIGS[:1])[0]
     bench = Bench(pretrained())
     one = bench.passages(point)
-    assert one.shape == (1, point.text_tokens)
+    assert one.shape == (2, 1, point.text_tokens)
     four = bench.passages(replace(point, batch=4))
-    assert (four[0] == one[0]).all() and len(np.unique(four, axis=0)) == 4
+    assert (four[0, 0] == one[0, 0]).all() and len(np.unique(four.reshape(8, -1), axis=0)) == 8
     seeded = bench.passages(replace(point, seed=3))
     assert (seeded == bench.passages(replace(point, seed=3))).all() and (seeded != one).any()
     (row,) = run_here(pretrained(), resolved(CONFIGS[:1], batches=(3,))[0])
@@ -158,7 +179,7 @@ def test_a_point_over_the_limit_is_not_run():
     bench = Bench(pretrained())
     row = bench.row(points[0])
     assert row["status"] == "oom_predicted" and "limit 100,000" in row["message"]
-    assert row["peak_bytes"] > 100_000 and "ttft_s" not in row and not bench._kept
+    assert row["peak_bytes"] > 100_000 and "ttft_s" not in row and bench.references.get(points[0].key) is None
 
 
 @pytest.mark.parametrize(
@@ -193,6 +214,11 @@ def test_keys_follow_everything_that_a_row_depends_on():
         replace(base, model="other"),
         replace(base, model_sha256="1" * 64),
         replace(base, aux_sha256="1" * 64),
+        replace(base, text_sha256="1" * 64),
+        replace(base, sources="1" * 64),
+        replace(base, settings=replace(SETTINGS, text="ledger")),
+        replace(base, settings=replace(SETTINGS, passages=3)),
+        replace(base, settings=replace(SETTINGS, protocols=("prompt",))),
         replace(base, settings=replace(SETTINGS, repeats=3)),
         replace(base, experiment=base.experiment.with_chunks(16)),
         replace(base, experiment=base.experiment.with_budget(192, 100)),
@@ -220,7 +246,7 @@ def test_the_same_folder_continues_and_another_sweep_is_refused(tmp_path):
     fill(store)
     assert open_sweep(tmp_path, resolved()[1]).unfinished() == 0
     with pytest.raises(UserError, match=r"holds another sweep: .*keep_ratio 0.6 -> 0.7.*--fork=DIR"):
-        open_sweep(tmp_path, resolved(keep_ratio=0.7)[1])
+        open_sweep(tmp_path, resolved(keep_ratios=(0.7,))[1])
     with pytest.raises(UserError, match="new: dense at 224 tokens"):
         open_sweep(tmp_path, resolved(lengths=(208, 224))[1])
     with pytest.raises(UserError, match=r"settings.repeats 2 -> 4"):

@@ -96,6 +96,21 @@ def facets(rows: Sequence[Row]) -> dict[tuple[Any, Any, Any], list[Row]]:
     return by_panel
 
 
+def by_budget(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with the kept share in the name of each method that was run with several, so that each is a line of its own."""
+    shares: dict[Any, set[Any]] = {}
+    for r in rows:
+        shares.setdefault((r["method"], r["length"]), set()).add(r["budget"])
+    several = {method for (method, _), budgets in shares.items() if len(budgets) > 1}
+    named = lambda r: f"{r['method']} {r['keep_ratio']:.2g}" if r["keep_ratio"] is not None else r["method"]
+    return [{**r, "method": named(r)} if r["method"] in several else r for r in rows]
+
+
+def texts_of(rows: Sequence[Row]) -> list[Any]:
+    """Return the texts of the rows in their order; [None] for rows of before, which have none."""
+    return list(dict.fromkeys(r["text"] for r in rows)) or [None]
+
+
 def reference_of(rows: Sequence[Row]) -> str | None:
     """Return the method that the others are compared with: dense, or the sweep's first."""
     methods = list(dict.fromkeys(r["method"] for r in rows))

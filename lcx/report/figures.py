@@ -8,8 +8,6 @@ length, with its status.
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +24,7 @@ from lcx.report import axes
 from lcx.report.axes import INK, Label, Picture
 from lcx.report.escape import plot_text
 from lcx.report.heat import needle as needle
+from lcx.report.quality_panels import draw_pareto, draw_share, nothing, share_lengths
 from lcx.report.source import has_failed, write
 from lcx.sweep.schema import Row
 
@@ -35,7 +34,7 @@ Draw = Callable[[Axes, Rows, Looks], list[Label]]  # returns labels to place onc
 FORMATS = (".png", ".svg")
 MOST_FACETS = 6  # rows of panels that a figure has at most
 MOST_METHODS = 40  # that a figure draws; the legend counts the others
-LABEL = {"kl": "KL(dense || method), nats a token", "nll_minus_dense": "NLL - dense's, nats a token"}
+MOST_TEXTS = 3  # panels of quality that a figure has side by side
 
 
 def facet_title(facet: tuple[Any, Any, Any], rows: Rows, longest: int = 60) -> str:
@@ -122,31 +121,42 @@ def _decode(ax: Axes, rows: Rows, looks: Looks, spread: bool = True) -> list[Lab
 
 
 def pareto(rows: Rows, ax: Axes | None = None, length: int | None = None, looks: Looks | None = None) -> Figure:
-    """Draw quality against bytes of the cache at one length, by default the longest that has both quantities.
+    """Draw quality against bytes of the cache at one length, by default the longest that has both quantities; a panel for each text.
 
     A method is on the front, and filled, when none with as few bytes is as good.  Dense is the line at its bytes.
     """
+    draws = [functools.partial(draw_pareto, length=length, text=text) for text in axes.texts_of(rows)[:MOST_TEXTS]]
+    return _figure(
+        rows,
+        draws[:1] if ax is not None else draws,
+        None if ax is None else [ax],
+        looks,
+        legend=False,
+        width=6.2,
+        height=4.4,
+    )
 
-    def draw(ax: Axes, rows: Rows, looks: Looks) -> list[Label]:
-        return _pareto(ax, rows, looks, length)
 
-    return _figure(rows, [draw], None if ax is None else [ax], looks, legend=False, width=6.2, height=4.4)
+def quality_of_share(
+    rows: Rows, ax: Axes | None = None, length: int | None = None, looks: Looks | None = None
+) -> Figure:
+    """Draw quality against the kept share of the prompt at one length, by default the longest; a panel for each text.
 
-
-def pareto_lengths(rows: Rows) -> list[int]:
-    """Return the lengths at which `pareto` has something to show, shortest first."""
-    quality = _quality(rows)
-    lengths = {
-        r["length"] for r in rows if r["status"] == "ok" and r["cache_bytes"] and r[quality] is not None and r["length"]
-    }
-    return sorted(n for n in lengths if n > 0)
+    NLL less dense attention's, under the rows' protocol, with one standard error of the paired difference.  Methods without a budget are
+    not drawn: their share is 1.
+    """
+    draws = [functools.partial(draw_share, length=length, text=text) for text in axes.texts_of(rows)[:MOST_TEXTS]]
+    return _figure(
+        rows, draws[:1] if ax is not None else draws, None if ax is None else [ax], looks, width=6.2, height=4.4
+    )
 
 
 def overview(rows: Rows, looks: Looks | None = None) -> Figure:
     """Draw memory, decode time, and quality against memory at the longest length in one picture."""
 
+    quality = [functools.partial(draw_pareto, text=text) for text in axes.texts_of(rows)[:2]]
     return _figure(
-        rows, [_cache, functools.partial(_decode, spread=False), _pareto], None, looks, width=4.35, height=4.0
+        rows, [_cache, functools.partial(_decode, spread=False), *quality], None, looks, width=4.35, height=4.0
     )
 
 
@@ -154,6 +164,7 @@ def every(rows: Rows, capacity: Sequence[str] = ()) -> dict[str, Figure]:
     """Return name -> figure for every figure that the rows have values for."""
     drawn = {
         "overview": overview(rows),
+        "share": quality_of_share(rows) if share_lengths(rows) else None,
         "memory": memory(rows),
         "peak": peak(rows, capacity=capacity),
         "latency": latency(rows),
@@ -195,6 +206,9 @@ def _figure(
     height: float = 3.7,
 ) -> Figure:
     """Return panels side by side, a row of them for each facet; or the panels of one facet on the given axes."""
+    if draws and getattr(draws[0], "func", None) is not draw_share:
+        rows = axes.by_budget(rows)
+        looks = axes.styles(rows) if looks is None or {r["method"] for r in rows} - set(looks) else looks
     groups = axes.facets(rows)
     looks = axes.styles(rows) if looks is None else looks
     if given is not None:
@@ -252,12 +266,35 @@ def _names(methods: Sequence[str]) -> list[str]:
     return [plot_text(m, 30) for m in methods[:MOST_METHODS]] + ([f"and {more:,} more, not drawn"] if more > 0 else [])
 
 
+def _bars(ax: Axes, rows: Rows, looks, name: str, low: str, high: str) -> None:
+    """Draw one bar a method: at one length a line would be a dot."""
+    spots = {method: s for method in looks for s in axes.curve(rows, method, name, low, high) if s.low > 0}
+    if not spots:
+        nothing(ax, "no point has this value")
+        return
+    heights = [s.mean for s in spots.values()]
+    ax.bar(range(len(spots)), heights, color=[looks[m].color for m in spots], width=0.7, zorder=3)
+    if any(s.low < s.high for s in spots.values()):
+        ax.errorbar(
+            range(len(spots)), heights, axes.bars(list(spots.values())), fmt="none", ecolor=INK, elinewidth=1, zorder=4
+        )
+    ax.set_xticks(range(len(spots)), [plot_text(m, 16) for m in spots], rotation=35, ha="right", rotation_mode="anchor")
+    ax.yaxis.set_major_formatter(
+        lambda value, _: (axes.bytes_text if name.endswith("_bytes") else axes.seconds_text)(value) if value else "0"
+    )
+    ax.grid(False, axis="x")
+    ax.set_xlabel(f"{next(iter(spots.values())).length:,} tokens")
+
+
 def _against_length(
     ax: Axes, rows: Rows, looks, name: str, low: str = "", high: str = "", extra: Sequence[float] = ()
 ) -> None:
     """Draw one line a method, both axes logarithmic; `extra` are further values that must be seen."""
     values = list(extra)
     lengths = {r["length"] for r in rows if (r["length"] or 0) > 0}
+    if len(lengths) == 1 and not extra and not any(has_failed(r) for r in rows):
+        _bars(ax, rows, looks, name, low, high)
+        return
     for method, look in looks.items():
         spots = [s for s in axes.curve(rows, method, name, low, high) if s.low > 0]
         if not spots:
@@ -274,91 +311,5 @@ def _against_length(
         text = axes.bytes_text if in_bytes else axes.seconds_text
         axes.log_axis(ax, "y", min(values), max(values), text, 2 if in_bytes else 10, axes.failure_room(rows))
     else:
-        _nothing(ax, "no point has this value")
+        nothing(ax, "no point has this value")
     axes.mark_failures(ax, rows, looks)
-
-
-def _nothing(ax: Axes, why: str) -> None:
-    ax.set_yticks([])
-    ax.text(0.5, 0.4, why, transform=ax.transAxes, ha="center", fontsize=9, color=INK)
-
-
-def _quality(rows: Rows) -> str:
-    """Return the KL column where the sweep has it, else the difference of NLL."""
-    return "kl" if any(r["kl"] for r in rows if r["status"] == "ok") else "nll_minus_dense"
-
-
-def _pareto(ax: Axes, rows: Rows, looks: Looks, length: int | None = None) -> list[Label]:
-    lengths = pareto_lengths(rows)
-    length = length or (lengths[-1] if lengths else None)
-    own = [r for r in rows if r["length"] == length]
-    axes.list_failures(ax, own, looks)
-    if length not in lengths:
-        _nothing(ax, "no point has bytes and quality" if length is None else f"none at {length:,} tokens")
-        return []
-    quality, reference = _quality(rows), axes.reference_of(rows)
-    spots = {m: (axes.curve(own, m, "cache_bytes"), axes.curve(own, m, quality)) for m in looks}
-    spots = {m: (x[0], y[0]) for m, (x, y) in spots.items() if x and y and x[0].mean > 0}
-    log = quality == "kl"
-    # a log axis has no zero: methods equal to dense stand on the lower edge
-    positive = [v for m, (_, y) in spots.items() if m != reference for v in (y.low, y.high) if v > 0]
-    floor = min(positive) / 2 if positive else 1e-6
-    heights = {m: max(y.mean, floor) if log else y.mean for m, (_, y) in spots.items()}
-    sizes = [x.mean for x, _ in spots.values()]
-    axes.log_axis(ax, "x", min(sizes), max(sizes), axes.bytes_text, 2, pad=0.2)
-    if log:
-        axes.log_axis(ax, "y", floor, max(positive, default=2 * floor), axes.number_text, 10, axes.failure_room(own))
-    else:
-        ax.axhline(0, color=INK, linewidth=0.8, linestyle=":")
-        ax.margins(y=0.15)
-    others = [m for m in spots if m != reference]
-    front = front_of({m: (spots[m][0].mean, spots[m][1].mean) for m in others})
-    steps = [(spots[b][0].mean, heights[a]) for a, b in itertools.pairwise(front)]
-    corners = [(spots[m][0].mean, heights[m]) for m in front]
-    path = [p for pair in itertools.zip_longest(corners, steps) for p in pair if p is not None]
-    ax.plot([x for x, _ in path], [y for _, y in path], color="#808080", lw=1, ls="--")
-    labels = []
-    for m in others:
-        x, y = spots[m]
-        filled = looks[m].color if m in front else "none"
-        ax.plot(
-            [x.mean],
-            [heights[m]],
-            **looks[m].plot | {"linestyle": "none", "markerfacecolor": filled, "markersize": 7},
-            zorder=3,
-        )
-        if y.low < y.high:
-            bar = [[heights[m] - max(y.low, floor) if log else y.mean - y.low], [y.high - heights[m]]]
-            ax.errorbar(
-                [x.mean], [heights[m]], bar, fmt="none", ecolor=looks[m].color, elinewidth=1, capsize=2, alpha=0.7
-            )
-        labels.append(Label(x.mean, heights[m], f"{m}: 0" if log and y.mean <= 0 else m, looks[m].color))
-    if reference in spots:
-        _reference_line(ax, reference, spots[reference][0].mean)
-    ax.set(xlabel=f"KV cache at {length:,} tokens (filled: Pareto front)", ylabel=LABEL[quality])
-    return labels
-
-
-def front_of(points: dict[str, tuple[float, float]]) -> list[str]:
-    """Return the names of the (bytes, loss) that no other beats or equals in both coordinates, fewest bytes first."""
-    front, best = [], math.inf
-    for name, (_, loss) in sorted(points.items(), key=lambda p: p[1]):
-        if loss < best:
-            front.append(name)
-            best = loss
-    return front
-
-
-def _reference_line(ax: Axes, name: str, x: float) -> None:
-    ax.axvline(x, color=INK, linestyle=":", linewidth=1.2)
-    ax.annotate(
-        plot_text(f"{name} (0)"),
-        (x, 0.02),
-        xycoords=("data", "axes fraction"),
-        xytext=(-3, 0),
-        textcoords="offset points",
-        rotation=90,
-        ha="right",
-        va="bottom",
-        fontsize=8.5,
-    ).set_in_layout(False)

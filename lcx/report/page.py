@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from matplotlib.figure import Figure
 
-from lcx.report import axes, figures, tables
+from lcx.report import axes, figures, quality_panels, tables
 from lcx.report.cards import Card, cards
 from lcx.report.escape import Safe, el, join
 from lcx.report.export import csv_text
@@ -178,7 +178,16 @@ def _figures(rows: Sequence[Row], capacity: Sequence[str]) -> Safe:
         figures.latency(rows, looks=looks),
         "Time to first token and time of a decode step: medians; bars are the 10th to 90th percentile. " + bars,
     )
-    longest = figures.pareto_lengths(rows)[::-1][:MOST_PARETO] or [None]
+    share = [
+        _figure(
+            f"share{i}",
+            figures.quality_of_share(rows, length=length, looks=looks),
+            "Loss of likelihood against the share of the prompt that is kept or read: lower left is better. Bars: one standard error of "
+            "the difference to dense on the same tokens. Methods without a budget are not drawn.",
+        )
+        for i, length in enumerate(quality_panels.share_lengths(rows)[::-1][:MOST_PARETO])
+    ]
+    longest = quality_panels.pareto_lengths(rows)[::-1][:MOST_PARETO] or [None]
     quality = [
         _figure(
             f"pareto{i}",
@@ -189,7 +198,7 @@ def _figures(rows: Sequence[Row], capacity: Sequence[str]) -> Safe:
         for i, length in enumerate(longest)
     ]
     heat = figures.needle(rows)
-    parts = [el("div", *drawn, class_="two"), wide, el("div", *quality, class_="two")]
+    parts = [*share, el("div", *drawn, class_="two"), wide, *quality]
     if heat is not None:
         parts.append(_figure("needle", heat, "Share of needles found, by depth and context length; grey: no row."))
     groups = len(axes.facets(rows))
@@ -310,6 +319,9 @@ def _measured(source: Source) -> Safe:
     counted = ("cache_bytes", "peak_cache_bytes", "segment_bytes")
     predicted = [c.name for c in COLUMNS if c.name.endswith("_bytes") and not c.measured and c.name not in counted]
     facts = [
+        ("texts", values("text")),
+        ("passages of a text", values("passages")),
+        ("protocol of nll, kl and errors", values("protocol")),
         ("device", values("device")),
         ("machine", values("host")),
         ("timed prefills a point", f"{values('ttft_n')}, after {values('warmups')} untimed"),
@@ -317,7 +329,8 @@ def _measured(source: Source) -> Safe:
         ("times", "of compiled programs, until their results are there; compiling is compile_s"),
         (
             "quality",
-            "of the continuation after the prompt, teacher forced: NLL of the text's tokens, KL from dense's distribution",
+            "of the continuations after the prompts, teacher forced: NLL of the text's tokens, KL from dense's distribution; under decode "
+            "each token is a step of its own, under prompt the continuation is one step; errors are paired with dense on the same tokens",
         ),
         ("counted from arrays", ", ".join(counted)),
         ("predicted, not measured", ", ".join(predicted)),
@@ -338,7 +351,7 @@ def _run_facts(run: dict[str, Any]) -> list[tuple[str, Any]]:
     facts: list[tuple[str, Any]] = [
         ("command", el("code", shlex.join(map(str, argv)) if isinstance(argv, list) else argv))
     ]
-    for name in ("git", "versions", "machine", "environment", "text", "flags"):
+    for name in ("git", "versions", "machine", "environment", "text", "texts", "flags"):
         facts += _flat(name, run.get(name))
     models = run.get("models")
     for name, model in models.items() if isinstance(models, dict) else ():

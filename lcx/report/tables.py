@@ -21,6 +21,13 @@ def spread(row: Row, name: str, form: str, unit: float = 1.0) -> str:
     return text if low is None or high is None else f"{text} ({number(low, form, unit)}–{number(high, form, unit)})"
 
 
+def with_error(row: Row, name: str, error: str | None = None, form: str = ".3f") -> str:
+    """Format a difference and its standard error."""
+    value, error = row[name], row[error or f"{name}_se"]
+    text = number(value, f"+{form}")
+    return text if value is None or error is None or row["method"] == "dense" else f"{text} ± {number(error, form)}"
+
+
 # head, columns of the schema under it, text of a row
 Shown = tuple[str, tuple[str, ...], Callable[[Row], str]]
 COMPARED: tuple[Shown, ...] = (
@@ -30,6 +37,8 @@ COMPARED: tuple[Shown, ...] = (
     ("batch", ("batch",), lambda r: plain(r["batch"])),
     ("tokens", ("length",), lambda r: plain(r["length"])),
     ("seed", ("seed",), lambda r: plain(r["seed"])),
+    ("kept share", ("keep_ratio",), lambda r: number(r["keep_ratio"], ".3g")),
+    ("text", ("text",), lambda r: plain(r["text"])),
     ("status", ("status",), lambda r: str(r["status"])),
     ("TTFT, s (p10–p90)", ("ttft_s", "ttft_p10_s", "ttft_p90_s"), lambda r: spread(r, "ttft_s", ".3g")),
     (
@@ -42,12 +51,27 @@ COMPARED: tuple[Shown, ...] = (
     ("bits a value", ("bits_per_value",), lambda r: number(r["bits_per_value"], ".2f")),
     ("peak, MiB", ("peak_bytes",), lambda r: number(r["peak_bytes"], ",.0f", MIB)),
     ("NLL", ("nll",), lambda r: number(r["nll"], ".4f")),
-    ("NLL less dense", ("nll_minus_dense",), lambda r: number(r["nll_minus_dense"], "+.4f")),
+    (
+        "NLL − dense's, decode ± se",
+        ("nll_minus_dense", "nll_minus_dense_se"),
+        lambda r: with_error(r, "nll_minus_dense"),
+    ),
+    (
+        "the same, prompt ± se",
+        ("prompt_nll_minus_dense", "prompt_nll_minus_dense_se"),
+        lambda r: with_error(r, "prompt_nll_minus_dense"),
+    ),
+    (
+        "far tokens: NLL − dense's ± se",
+        ("far_minus_dense", "far_se"),
+        lambda r: with_error(r, "far_minus_dense", "far_se"),
+    ),
     ("KL", ("kl",), lambda r: number(r["kl"], ".4g")),
     ("top-1 agreement", ("top1_agreement",), lambda r: number(r["top1_agreement"], ".3f")),
+    ("notes", ("notes",), lambda r: "; ".join(r["notes"]) if isinstance(r["notes"], list) else ""),
 )
-ONLY_IF_SEVERAL = ("model", "dtype", "batch", "seed")
-TEXT = ("method", "model", "dtype", "status")
+ONLY_IF_SEVERAL = ("model", "dtype", "batch", "seed", "kept share", "text")
+TEXT = ("method", "model", "dtype", "status", "text", "notes")
 
 ORDERS: dict[str, tuple[str, ...]] = {
     "by length": ("length",),

@@ -164,10 +164,11 @@ def experiment_of(spec: Mapping[str, Any], settings: Settings) -> Experiment:
 
 def remarks_of(experiment: Experiment, spec: Mapping[str, Any], prompt: int) -> tuple[str, ...]:
     """Return what a row must say about a method that cannot act as it was asked to."""
-    recipe, asked = experiment.recipe, spec["budget"] or spec["keep_ratio"]
+    recipe = experiment.recipe
     if not recipe.has_budget:
-        # the reference of a sweep is no method that was asked for a budget
-        return ("has no single budget: budget and keep_ratio were ignored",) if asked and recipe != Recipe() else ()
+        # the reference of a sweep is no method that was asked for a budget, and a sweep's own share is for those that have one
+        ignored = spec["asked"] and recipe != Recipe()
+        return ("has no single budget: budget or keep_ratio was ignored",) if ignored else ()
     remarks = [part.idle(prompt) for _, _, part in recipe.parts()]
     if recipe.budget is not None and recipe.budget >= prompt:
         remarks.append(f"budget {recipe.budget:,} covers the prompt of {prompt:,} tokens")
@@ -243,7 +244,8 @@ def specs(
     """
     if budgets and keep_ratios:
         raise UserError(f"budget={tuple(budgets)} and keep_ratio={tuple(keep_ratios)}: give one of them")
-    if not budgets and not keep_ratios and sweep.keep_ratio is not None:
+    asked = bool(budgets or keep_ratios)
+    if not asked and sweep.keep_ratio is not None:
         keep_ratios = (sweep.keep_ratio,)
     texts = sweep.texts if texts is None else texts
     axes = {
@@ -295,6 +297,7 @@ def specs(
             "seed": seed,
             "length": length,
             **share,
+            "asked": asked,
             "chunk_size": sweep.chunk_size,
             "implementation": implementation,
         }

@@ -237,7 +237,7 @@ def _point(name, experiment: Experiment, model: Pretrained, length, settings: Se
         budget=budget,
         text_sha256=digest,
         sources=sources.digest(experiment.recipe),
-        remarks=remarks_of(experiment, {"budget": share[0], "keep_ratio": share[1]}, prompt),
+        remarks=remarks_of(experiment, {"asked": share != (None, None)}, prompt),
     )
 
 

@@ -70,7 +70,7 @@ COLUMNS = (
     Column("budget", "int", "tokens a KV head that the method keeps or reads; null where it has no single budget"),
     Column("keep_ratio", "float", "budget / prompt"),
     Column("sources", "str", "sha256 of lcx's version and of the method's source files"),
-    Column("notes", "json", "what a reader must know: that the method did nothing, or that times are unsteady"),
+    Column("notes", "json", "what a reader must know: that the method did nothing, or that times are unsteady", True),
     Column("schedule", "str", "how the prompt is read"),
     Column("implementation", "str", "of attention: xla, pallas, cudnn, or what is taken source by source", True),
     Column("ttft_s", "float", "time to first token: prefill with the last token's logits, median over ttft_n, s", True),
