@@ -5,7 +5,7 @@
 
 Each entry has a number, goods, a count, people and a voucher of six characters that nothing but an earlier entry tells.  Two of three
 entries settle, correct or ask after an earlier one and repeat its particulars, at a distance that is spread evenly over its logarithm:
-1 to 150 entries, some 30 to 5,000 tokens.  A method that has forgotten the earlier entry cannot know the voucher.
+1 to 50 deliveries, some 1 to 150 entries or 50 to 7,000 tokens.  A method that has forgotten the earlier entry cannot know the voucher.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 SEED = 20_240_817
 ENTRIES = 1_400
-FARTHEST = 150  # entries back
+FARTHEST = 50  # deliveries back; one of three entries is one
 GOODS = (
     "cider", "copper wire", "dried figs", "linseed oil", "slate", "barley", "salt cod", "beeswax", "roofing lead", "indigo",
     "white pine", "tallow candles", "olive oil", "raw wool", "nutmeg", "glass panes", "hemp rope", "black tea", "cork", "alum",

@@ -71,7 +71,8 @@ def test_every_reader_of_a_text_puts_the_same_in_front(model):
     want = model.tokenizer.text_ids(texts.read("pride_and_prejudice"))
     assert (want[0] == BOS) == model.tokenizer.add_bos
     passages = Bench(model).passages(point())
-    assert passages.shape == (3, point().text_tokens)
+    assert passages.shape == (2, 3, point().text_tokens)
+    passages = passages.reshape(6, -1)
     np.testing.assert_array_equal(passages[0], want[: point().text_tokens])
     front = len(model.tokenizer.front)
     assert (passages[:, :front] == BOS).all() and not (passages[:, front:] == BOS).any()
@@ -81,7 +82,7 @@ def test_every_reader_of_a_text_puts_the_same_in_front(model):
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
 def test_passages_of_every_seed_begin_with_bos(seed):
-    passages = Bench(pretrained(add_bos_token=True)).passages(replace(point(), seed=seed))
+    passages = Bench(pretrained(add_bos_token=True)).passages(replace(point(), seed=seed)).reshape(6, -1)
     assert (passages[:, 0] == BOS).all() and not (passages[:, 1:] == BOS).any()
 
 

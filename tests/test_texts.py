@@ -1,5 +1,9 @@
 """Texts that come with lcx are whole, and unchanged."""
 
+import hashlib
+import re
+from pathlib import Path
+
 import pytest
 
 from lcx import texts
@@ -17,8 +21,47 @@ def test_the_novel_starts_and_ends_at_chapters():
     assert "\r" not in text
 
 
+@pytest.mark.parametrize("name", texts.TEXTS)
+def test_texts_are_whole(name):
+    text = texts.read(name)
+    assert len(text) == texts.TEXTS[name].characters and "\r" not in text
+    assert texts.load(name) == (text, texts.TEXTS[name].sha256)
+
+
+def test_the_ledger_is_what_its_script_writes(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    import make_ledger
+
+    assert make_ledger.ledger() == texts.read("ledger")
+
+
+def test_the_ledger_repeats_vouchers_near_and_far():
+    lines = [line for line in texts.read("ledger").splitlines() if line.startswith("No. ")]
+    first, back = {}, []
+    for number, line in enumerate(lines, 1):
+        (voucher,) = re.findall(r"[Vv]oucher (\w{6})", line)
+        if voucher in first:
+            back.append(number - first[voucher])
+        first.setdefault(voucher, number)
+    assert 0.6 < len(back) / len(lines) < 0.72
+    # spread over the logarithm: as many within 10 entries as beyond
+    assert 0.3 < sum(n <= 10 for n in back) / len(back) < 0.6 and 100 < max(back) < 250
+
+
+def test_a_file_is_a_text_with_its_digest(tmp_path):
+    file = tmp_path / "own.txt"
+    file.write_bytes("\ufeffa b\r\n".encode())
+    assert texts.load(str(file)) == ("a b\n", hashlib.sha256(file.read_bytes()).hexdigest())
+    assert texts.short_name(str(file)) == "own.txt"
+    with pytest.raises(UserError, match="text_file='.*gone': no such file; allowed are files, and pride_and"):
+        texts.load(str(tmp_path / "gone"), "text_file")
+    file.write_text(" \n")
+    with pytest.raises(UserError, match="own.txt' is empty"):
+        texts.load(str(file))
+
+
 def test_an_unknown_text_names_the_nearest():
-    with pytest.raises(UserError, match=r"allowed are pride_and_prejudice ; did you mean 'pride_and_prejudice'\?"):
+    with pytest.raises(UserError, match=r"allowed are pride_and_prejudice, ledger, code ; did you mean 'pride_and_prejudice'\?"):
         texts.read("pride_prejudice")
 
 

@@ -14,7 +14,7 @@ from lcx.sweep.schema import Row
 from lcx.terminal import empty_table
 from lcx.text import MIB, number, visible
 
-SEVERAL = ("model", "dtype", "batch", "seed")  # shown where a sweep has more than one
+SEVERAL = ("model", "dtype", "batch", "seed")  # several where a sweep has more than one
 COST = (
     ("TTFT\ns", lambda r: number(r["ttft_s"], ".2f")),
     ("prefill\ntok/s", lambda r: number(r["prefill_tokens_per_s"], ",.0f")),
@@ -61,22 +61,22 @@ def rows_index(rows: Sequence[Row], row: Row, name: str) -> int:
 def _table(title: str, rows: Sequence[Row], columns, group: tuple[str, ...]) -> Table:
     """Return a table, a section for each value of the columns `group`; a point that is not ok shows its status."""
     result = empty_table(title)
-    shown = [n for n in SEVERAL if len({r[n] for r in rows}) > 1]
+    several = [n for n in SEVERAL if len({r[n] for r in rows}) > 1]
     texts = ["text"] if "text" in group else []
     kept = (
         [("keep", lambda r: number(r["keep_ratio"], ".2g"))] if any(r["keep_ratio"] is not None for r in rows) else []
     )
     cells = [("tokens", lambda r: f"{r['length']:,}"), *kept, *columns]
     failed = ["status"] if any(r["status"] != "ok" for r in rows) else []
-    for name in (*shown, *texts, "method", *(name for name, _ in cells), *failed):
+    for name in (*several, *texts, "method", *(name for name, _ in cells), *failed):
         result.add_column(name, justify="left" if name in NAMES else "right", no_wrap=True)
     before = None
     for row in rows:
-        place = tuple(row[n] for n in (*shown, *group))
+        place = tuple(row[n] for n in (*several, *group))
         if before not in (None, place):
             result.add_section()
         before = place
-        words = [escape(visible(row[n])) for n in (*shown, *texts, "method")]
+        words = [escape(visible(row[n])) for n in (*several, *texts, "method")]
         result.add_row(*words, *(cell(row) for _, cell in cells), *(row[n] for n in failed))
     return result
 
@@ -124,8 +124,8 @@ def notes(rows: Sequence[Row]) -> str:
         "standard error of the paired difference (the larger of that over tokens and over passages); of two methods only a difference "
         "well above both errors ranks them.  decode: the continuation token by token, as in generation; prompt: in one step, in "
         "which nothing is evicted; far tokens: those that dense attention predicts only with more than the nearest tokens.",
-        f"Times measured on {devices}: TTFT is the median of {row['ttft_n']} prefills after {row['warmups']} untimed, compiled ahead; decode "
-        f"the median of {row['decode_n']} steps, dense's in turns with the method's.  cache: device bytes of all arrays, room for the new "
+        f"Times measured on {devices}: TTFT is the median of {row['ttft_n']} prefills after {row['warmups']} untimed, compiled ahead; "
+        f"decode the median of {row['decode_n']} steps, dense's in turns with the method's.  cache: device bytes of all arrays, room for the new "
         "tokens included.  peak: weights + caches + XLA's scratch, predicted by the compiled programs; RSS: peak of the "
         f"{'row' if row['peak_rss_of'] == 'point' else 'whole process'}.",
     ]

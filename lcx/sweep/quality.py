@@ -41,7 +41,7 @@ class Scored:
 
 
 class References:
-    """What dense points leave for the methods that are compared with them.
+    """Store of what dense points leave for the methods that are compared with them.
 
     Args:
       folder: where they are written; None: they stay in memory.

@@ -33,10 +33,10 @@ TEXTS = {
     ),
     "ledger": Text(
         file="ledger.txt",
-        sha256="6dcc6e3880d13175152f9441818b7b55ab8a664907f165fa2c524a2b16ccb027",
-        characters=174_808,
-        tokens=67_857,
-        origin="a harbour's day book whose entries repeat particulars of entries 1 to 150 lines before, by scripts/make_ledger.py",
+        sha256="070195d4214dde67f72273ca8e1dab936e59f527913f382bfd1021c229e250d6",
+        characters=175_061,
+        tokens=67_959,
+        origin="a harbour's day book whose entries repeat particulars of entries some 1 to 150 lines before, by scripts/make_ledger.py",
         licence="Apache-2.0",
     ),
     "code": Text(
