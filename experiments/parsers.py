@@ -19,15 +19,18 @@ def whole_numbers(name: str, text: str, least: int = 1) -> tuple[int, ...]:
 
 def shares(name: str, text: str) -> tuple[float, ...]:
     """Return fractions above 0 and at most 1, with commas between.  Raises UserError naming the flag."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = (-1.0,)
-    if not all(0 < value <= 1 for value in values):
-        raise UserError(
-            f"{name}={text!r}: allowed are fractions above 0 and at most 1 with commas between, such as 0.1,0.25"
-        )
-    return values
+    values = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            raise UserError(
+                f"{name}={part.strip()!r}: allowed are fractions with commas between, such as 0.1,0.25"
+            ) from None
+        if not 0 < value <= 1:
+            raise UserError(f"{name}={value:g} must be above 0 and at most 1")
+        values.append(value)
+    return tuple(values)
 
 
 def words(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ def small_sweep(tmp_path):
     config.write_text(
         "from lcx.experiment import Sweep\n\n\ndef get_config():\n"
         "    return Sweep(configs=('configs/dense.py', 'configs/sink_window.py'), lengths=(48, 80), continuation=16,\n"
-        "                 keep_ratio=0.5, decode_steps=3, repeats=2)\n"
+        "                 keep_ratio=0.5, decode_steps=3, repeats=2, texts=('pride_and_prejudice',))\n"
     )
     return f"--config={config}", f"--workdir={tmp_path / 'run'}"
 
@@ -124,14 +124,15 @@ def test_a_killed_sweep_loses_nothing_and_continues(tmp_path):
         # bar: a child's start takes at most 4 s on 2 cores that do nothing else
         assert 0 < row["child_start_s"] < 30
     assert table[1]["cache_over_dense"] < 0.6
-    assert "less" in done.stdout and "dense" in done.stdout  # the table
+    # the tables
+    assert "memory and time" in done.stdout and "NLL - dense's" in done.stdout and "pride_and_prejudice" in done.stdout
     assert (tmp_path / "run" / "sweep.png").stat().st_size > 10_000
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
     runs = json.loads((tmp_path / "run" / "run.json").read_text())["runs"]
     assert len(runs) == 2
     for record in runs:
         assert record["models"]["smollm2-135m"]["sha256"].startswith("b179c952")
-        assert record["text"]["sha256"].startswith("5c33684c") and set(record["points"]) == set(rows)
+        assert record["texts"]["pride_and_prejudice"].startswith("5c33684c") and set(record["points"]) == set(rows)
         assert record["flags"]["workdir"] == str(tmp_path / "run")
     # another sweep in the same folder is refused, with the difference
     other = run("sweep", *args, "--config.keep_ratio=0.4")
@@ -173,7 +174,14 @@ def test_points_run_as_jobs_of_a_batch_system(tmp_path):
 @needs_model
 def test_jobs_of_their_own_bring_rows_and_scores_of_tasks(tmp_path):
     pytest.importorskip("submitit")
-    asked = ["--launcher=submitit_local", "--tasks=passkey,longppl", "--samples=1", "--lengths=320", "--repeats=1"]
+    asked = [
+        "--launcher=submitit_local",
+        "--tasks=passkey,longppl",
+        "--samples=1",
+        "--lengths=320",
+        "--repeats=1",
+        "--text_file=ledger",
+    ]
     done = run("sweep", "--config=configs/dense.py", f"--workdir={tmp_path / 'run'}", *asked)
     assert done.returncode == 0, done.stderr
     (row,) = read_rows(Store(tmp_path / "run"))
@@ -283,7 +291,7 @@ WRONG = [
     ("compare", ("a", "b", "--threshold=-1"), "threshold"),
     ("sweep", ("--lengths=100",), "must be above the continuation of 256 tokens"),
     ("sweep", ("--lengths=512,512",), "each once"),
-    ("sweep", ("--config.text=emma",), "text='emma'"),
+    ("sweep", ("--config.texts=emma",), "text='emma'"),
     ("sweep", ("--config.decode_steps=0",), "decode_steps=0"),
     ("calibrate", (), "out"),
     ("calibrate", ("--out=a.json", "--text=nothing"), "text='nothing'"),

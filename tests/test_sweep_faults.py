@@ -31,7 +31,8 @@ def small(tmp_path, names=("dense", "int8"), lengths=(48,)):
     configs = tuple(f"configs/{name}.py" for name in names)
     config.write_text(
         "from lcx.experiment import Sweep\n\n\ndef get_config():\n"
-        f"    return Sweep(configs={configs!r}, lengths={lengths!r}, continuation=16, decode_steps=2, repeats=1)\n"
+        f"    return Sweep(configs={configs!r}, lengths={lengths!r}, continuation=16, decode_steps=2, repeats=1,\n"
+        "                 texts=('pride_and_prejudice',))\n"
     )
     return f"--config={config}"
 

@@ -61,7 +61,9 @@ def test_a_file_is_a_text_with_its_digest(tmp_path):
 
 
 def test_an_unknown_text_names_the_nearest():
-    with pytest.raises(UserError, match=r"allowed are pride_and_prejudice, ledger, code ; did you mean 'pride_and_prejudice'\?"):
+    with pytest.raises(
+        UserError, match=r"allowed are pride_and_prejudice, ledger, code ; did you mean 'pride_and_prejudice'\?"
+    ):
         texts.read("pride_prejudice")
 
 

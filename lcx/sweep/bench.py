@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Ready:
       compiled: its programs.
       cache_hits: programs that the persistent compile cache had already.
       times: None until they are measured; they do not depend on the text.
+      tasks: figures of tasks that do not read the text.
     """
 
     asked: tuple
@@ -50,6 +51,7 @@ class Ready:
     compiled: Compiled
     cache_hits: int
     times: Times | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)
 
 
 class Bench:
@@ -155,7 +157,7 @@ class Bench:
         if settings.tasks:
             from lcx.sweep.task_rows import task_scores
 
-            row["tasks"] = task_scores(self.model, point)
+            row["tasks"] = task_scores(self.model, point, ready.tasks)
         bad = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
             raise NotFinite(f"{', '.join(bad)} of the row")

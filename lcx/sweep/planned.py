@@ -25,7 +25,7 @@ def planned_rows(
     """Yield a row for each device and point, with the programs that the point would run: prefill, the continuation's step, decode.
 
     Args:
-      specs: as `lcx.sweep.points.specs` makes them; points that differ only in their seed are planned once.
+      specs: as `lcx.sweep.points.specs` makes them; points that differ only in seed or text are planned once.
       models: name -> shape, for the models of the specs.
       devices: devices of the plan.
       on_row: called with each row as it is done.
@@ -33,7 +33,8 @@ def planned_rows(
     Raises:
       UserError: a config that is wrong or does not suit the model.
     """
-    shared = [(where, spec) for where in devices for spec in specs if spec["seed"] == specs[0]["seed"]]
+    what = lambda spec: (spec["seed"], spec["settings"]["text"])
+    shared = [(where, spec) for where in devices for spec in specs if what(spec) == what(specs[0])]
     with closing(Compiler()) as compiler, ThreadPoolExecutor(max_workers=2) as pool:
 
         def one(job: tuple[Device, Mapping[str, Any]]) -> PlanRow:

@@ -208,7 +208,7 @@ def run_methods(
         raise UserError(f"lengths={checks.brief(lengths)}: give at least one, each once")
     bench = Bench(model)
     for point in points:
-        checks.token_ids(bench.passages(point), batch, model.config.vocab_size)
+        checks.token_ids(bench.passages(point).reshape(batch, -1), batch, model.config.vocab_size)
     return run_here(model, points, on_row or (lambda row: print(line(row), flush=True)))
 
 

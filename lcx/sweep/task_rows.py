@@ -13,22 +13,29 @@ from lcx.models.loading import Pretrained
 from lcx.sweep.points import Point
 
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)  # percent, of the needle grid
+OF_THE_TEXT = ("ppl", "longppl")  # the others make their own text
 PPL_WINDOWS = 4  # half-overlapping windows of the sliding perplexity
 
 
-def task_scores(model: Pretrained, point: Point) -> dict[str, Any]:
+def task_scores(model: Pretrained, point: Point, known: dict[str, Any]) -> dict[str, Any]:
     """Return name of the task -> its figures: scores are 0 to 100, perplexities exp(nats).
 
     A task that cannot be made for the point, such as a prompt that does not fit the length, says why: {"message": ...}.  The point has
     its other figures all the same.
+
+    Args:
+      model, point: as in the sweep.
+      known: figures of tasks that do not read the point's text, from a point with another text; this point's are added.
     """
     makers = {"ruler": _ruler, "needle": _needle, "passkey": _passkey, "ppl": _ppl, "longppl": _longppl}
     figures: dict[str, Any] = {}
     for name in point.settings.tasks:
         try:
-            figures[name] = makers[name](model, point)
+            figures[name] = known[name] if name in known else makers[name](model, point)
         except UserError as error:
             figures[name] = {"message": str(error)}
+        if name not in OF_THE_TEXT:
+            known[name] = figures[name]
     return figures
 
 
@@ -63,7 +70,7 @@ def _passkey(model: Pretrained, point: Point) -> float:
 
 
 def _ids(model: Pretrained, point: Point, count: int) -> np.ndarray:
-    ids = model.tokenizer.text_ids(texts.read(point.settings.text))
+    ids = model.tokenizer.text_ids(texts.load(point.settings.text)[0])
     return np.asarray(ids[:count], np.int32)
 
 
