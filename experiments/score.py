@@ -1,7 +1,8 @@
 """`python -m experiments.score --config=configs/X.py --text_file=F --out=F.npz`: negative log likelihood of a text under a method.
 
-Without --prompt_tokens: at every position of one pass.  With --prompt_tokens=N --continuation_tokens=M: the prompt is read under the
-recipe, then M tokens follow in one step; nll[i] = -log p(token N + i + 1).
+Without --prompt_tokens: at every position of one pass, for methods that act in it: patterns, and what a chunked schedule evicts between
+steps.  With --prompt_tokens=N --continuation_tokens=M: the prompt is read under the recipe, then M tokens follow; nll[i] = -log p(token
+N + i + 1).  --protocol=decode feeds them token by token, as in generation; --protocol=prompt in one step, in which nothing is evicted.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("prompt_tokens", None, "N, tokens of the prompt.", lower_bound=1)
     flags.DEFINE_integer("continuation_tokens", None, "M, tokens scored after the prompt.", lower_bound=1)
+    flags.DEFINE_enum("protocol", None, ["decode", "prompt"], "How the continuation is fed; decode by default.")
     flags.DEFINE_string("out", None, "Where nll (float32) and ids (int32) go, .npz.")
 
 
@@ -40,6 +42,9 @@ def main() -> None:
         raise UserError(f"prompt_tokens={prompt} and continuation_tokens={count}: give both or none")
     if prompt is not None and FLAGS.num_tokens is not None:
         raise UserError(f"num_tokens={FLAGS.num_tokens} and prompt_tokens={prompt}: give one of them")
+    if prompt is None and FLAGS.protocol is not None:
+        raise UserError(f"protocol={FLAGS.protocol!r} is of a continuation; give prompt_tokens and continuation_tokens")
+    protocol = FLAGS.protocol or "decode"
     out = Path(FLAGS.out)
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise UserError(f"out={FLAGS.out!r}: allowed is a .npz file in a folder that exists")
@@ -62,7 +67,7 @@ def main() -> None:
     if prompt is None:
         score = score_text(model.layers, experiment, ids[:wanted])
     else:
-        score = score_continuation(model.layers, experiment, ids[:wanted], prompt)
+        score = score_continuation(model.layers, experiment, ids[:wanted], prompt, protocol=protocol)
     with out.open("wb") as file:
         np.savez_compressed(file, nll=score.nll, ids=score.ids)
     line = {
@@ -70,6 +75,7 @@ def main() -> None:
         # above 709 nats a token it is infinite, which JSON has no word for
         "ppl": round(score.perplexity, 4) if math.isfinite(score.perplexity) else None,
         "tokens": len(score.nll),
+        "protocol": "one pass" if prompt is None else protocol,
         "cache_bytes": score.cache_bytes,
         "seconds": round(score.seconds, 3),
         "out": str(out),

@@ -180,7 +180,7 @@ def test_jobs_of_their_own_bring_rows_and_scores_of_tasks(tmp_path):
         "--samples=1",
         "--lengths=320",
         "--repeats=1",
-        "--text_file=ledger",
+        "--text_file=pride_and_prejudice",
     ]
     done = run("sweep", "--config=configs/dense.py", f"--workdir={tmp_path / 'run'}", *asked)
     assert done.returncode == 0, done.stderr

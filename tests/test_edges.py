@@ -198,7 +198,8 @@ def test_nan_in_the_weights_is_named_by_layer_and_step(env):
         assert LAYER in str(error.value), name
         assert_refused(str(error.value), ())
     settings = Settings(continuation=8, repeats=1, decode_steps=1)
-    (row,) = lcx.run_methods(model, {"dense": lcx.Recipe()}, [20], settings=settings, on_row=lambda row: None)
+    asked = {"settings": settings, "texts": ["ledger"], "on_row": lambda row: None}
+    (row,) = lcx.run_methods(model, {"dense": lcx.Recipe()}, [20], **asked)
     assert row["status"] == "nonfinite" and LAYER in row["message"]
 
 

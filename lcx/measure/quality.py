@@ -13,9 +13,11 @@ import numpy as np
 from lcx import checks
 from lcx.errors import NotFinite, UserError
 from lcx.experiment import Experiment
+from lcx.measure import protocols
 from lcx.measure.finite import first_not_finite
 from lcx.models.decoder import Layers
 from lcx.recipe import Recipe
+from lcx.segments import Segment
 from lcx.session import Session
 
 ROWS = 256  # tokens whose logits exist at a time: 50 MB for a vocabulary of 49,152
@@ -117,15 +119,33 @@ def _finite(session: Session, nll: np.ndarray, again: Callable[[], object]) -> N
         raise NotFinite(f"token {int(np.argmin(np.isfinite(nll)))} of the score: {first_not_finite(session, again)}")
 
 
+def unread_part(experiment: Experiment, tokens: int) -> str | None:
+    """Name the part of a method that acts on held tokens alone, where a pass over `tokens` tokens is one step and reads none."""
+    if experiment.schedule.width(tokens) < tokens:
+        return None
+    plain = Segment()
+    for segment, axis, part in experiment.recipe.parts():
+        if axis != "pattern" and part not in (plain.policy, plain.codec, None):
+            return f"{type(part).__name__} of {segment!r}"
+    return None
+
+
 def score_text(layers: Layers, experiment: Experiment, ids) -> Score:
     """Return the next-token NLL at every position of one pass over `ids` [N]: nll [N-1].
 
     Raises:
-      UserError: ids that do not fit, before anything runs; NotFinite: a likelihood that is not finite, with layer and step.
+      UserError: ids that do not fit, or a method that one pass does not exercise, before anything runs; NotFinite: a likelihood that is
+        not finite, with layer and step.
     """
     ids = _checked(layers, experiment, ids)
     if len(ids) < 2:
         raise UserError(f"num_tokens={len(ids)} must be at least 2: the first token is not predicted")
+    unread = unread_part(experiment, len(ids) - 1)
+    if unread is not None:
+        raise UserError(
+            f"one pass over {len(ids) - 1} tokens never reads what {unread} holds, and would score dense attention; give a prompt and a "
+            "continuation (--prompt_tokens, --continuation_tokens), or a smaller chunk_size"
+        )
     start = time.perf_counter()
     session = make_session(layers, experiment, len(ids) - 1)
     run = lambda: session.prefill(ids[:-1], rows="all")
@@ -140,15 +160,18 @@ def continue_session(session: Session, ids, prompt: int) -> jax.Array:
     return session.step(ids[None, prompt:-1], rows="all")[0]
 
 
-def score_continuation(layers: Layers, experiment: Experiment, ids, prompt: int) -> Score:
+def score_continuation(
+    layers: Layers, experiment: Experiment, ids, prompt: int, *, protocol: str = protocols.PROTOCOLS[0]
+) -> Score:
     """Return the NLL of a continuation after a prompt that was read under the recipe.
 
-    Reads ids[:prompt] under the recipe (its prefill attention, then its eviction), then ids[prompt:-1] in one step at their true
-    positions, where each token sees everything kept and the continuation before it.
+    Reads ids[:prompt] under the recipe (its prefill attention, then its eviction), then ids[prompt:-1] at their true positions under a
+    protocol of `lcx.measure.protocols`: token by token as in generation, or in one step, in which nothing is evicted.
 
     Args:
       ids: int [prompt + M + 1].
       prompt: tokens of the prompt.
+      protocol: "decode" or "prompt".
 
     Returns:
       Score with nll[i] = -log p(ids[prompt + i + 1]), [M].
@@ -157,6 +180,7 @@ def score_continuation(layers: Layers, experiment: Experiment, ids, prompt: int)
       UserError: ids or sizes that do not fit, before anything runs; NotFinite: a likelihood that is not finite, with layer and step.
     """
     ids = _checked(layers, experiment, ids)
+    protocols.check(protocol)
     prompt = checks.whole("prompt", prompt, 1)
     count = len(ids) - prompt - 1
     if count < 1:
@@ -169,7 +193,7 @@ def score_continuation(layers: Layers, experiment: Experiment, ids, prompt: int)
 
     def run():
         session.prefill(ids[:prompt])
-        return continue_session(session, ids, prompt)
+        return protocols.continuation(session, ids[None, prompt:-1], protocol)[0]
 
     nll = token_nll(layers, run(), ids[prompt + 1 :])
     score = Score(nll, ids, session.cache_bytes, time.perf_counter() - start)
