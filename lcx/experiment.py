@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from types import MappingProxyType
 
 from lcx.artefacts.source import AuxSource
 from lcx.axes import Aux
-from lcx.errors import UserError
+from lcx.errors import UserError, brief
 from lcx.model_config import ModelConfig
 from lcx.recipe import Recipe
 from lcx.schedules.chunked import Chunked, OneShot
 
+CONFIG_PATHS = "allowed is a tuple of paths of config files, such as ('configs/dense.py', 'mine.py')"
 NO_PAPER: Mapping[str, float] = MappingProxyType({})
 
 
@@ -41,6 +43,10 @@ class Experiment:
     implementation: str | None = None
     verified: tuple[str, ...] = field(default=(), compare=False)
     about: str = field(default="", compare=False)
+
+    def __post_init__(self):
+        if not isinstance(self.recipe, Recipe):
+            raise UserError(f"recipe={brief(self.recipe)} is a {type(self.recipe).__name__}; allowed is a Recipe")
 
     def load_aux(self, model: ModelConfig) -> Aux | None:
         return None if self.aux is None else self.aux.load(model)
@@ -98,6 +104,13 @@ class Sweep:
     repeats: int | None = None
     chunk_size: int | None = None
     text: str = "pride_and_prejudice"
+
+    def __post_init__(self):
+        if not isinstance(self.configs, tuple | list):
+            raise UserError(f"configs={brief(self.configs)} is a {type(self.configs).__name__}; {CONFIG_PATHS}")
+        for i, path in enumerate(self.configs):
+            if not isinstance(path, str | PurePath):
+                raise UserError(f"configs[{i}]={brief(path)} is an {type(path).__name__}; {CONFIG_PATHS}")
 
     def with_chunks(self, size: int) -> Sweep:
         """Return the sweep with every prompt read in chunks of `size` tokens."""
