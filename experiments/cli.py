@@ -38,7 +38,7 @@ def define_flags(config: str | None = None, several: bool = False) -> None:
       several: --model, --dtype, --budget and --keep_ratio take several, with commas between.
     """
     flags.DEFINE_string(
-        "config", config, "Config file, such as configs/snapkv.py; --config.FIELD=VALUE changes a field."
+        "config", config, "Config file, or snapkv for configs/snapkv.py; --config.FIELD=VALUE changes a field."
     )
     flags.DEFINE_string(
         "model", None, "A name of lcx.pretrained, a GGUF file, a folder or a hub id; the default is the config's."
@@ -123,10 +123,20 @@ def _parse(name: str, argv: Sequence[str]) -> list[str]:
             rest.append(arg)
     # absl prints its whole help for a wrong flag and exits with 1
     try:
-        return flags.FLAGS(rest)
+        words = flags.FLAGS(rest)
     except flags.Error as error:
         refuse(name, str(error))
         raise
+    if "config" in flags.FLAGS and flags.FLAGS.config:
+        _name_configs(flags.FLAGS.config)
+    return words
+
+
+def _name_configs(given: str) -> None:
+    """Write --config=snapkv as the path of its file, so that every use of the flag names the same config."""
+    from lcx.config_files import full_name
+
+    flags.FLAGS["config"].value = ",".join(full_name(part.strip()) for part in given.split(","))
 
 
 def changes() -> dict[str, str]:

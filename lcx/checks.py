@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lcx.axes import FACTS
-from lcx.errors import UserError
+from lcx.errors import UserError, brief
 from lcx.ops.attention import EMPTY, FAR
 
 
@@ -25,12 +25,6 @@ def kind(name: str, value, *allowed: type) -> None:
     if not isinstance(value, allowed):
         words = " or ".join(t.__name__ for t in allowed)
         raise UserError(f"{name}={brief(value)} is a {type(value).__name__}; allowed is a {words}")
-
-
-def brief(value) -> str:
-    """Return a value as an error shows it, in at most 60 characters."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def listed(name: str, value) -> list:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcx.config_errors import config_error
 from lcx.errors import UserError, nearest
 from lcx.experiment import Experiment, Sweep
 
@@ -21,12 +22,21 @@ ROOT = Path(__file__).parent.parent  # the checkout, or the folder that lcx is i
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
+def full_name(name: str) -> str:
+    """Return configs/NAME.py for a NAME alone that such a file has; every other text as it is."""
+    if not name.isidentifier():
+        return name
+    path = f"configs/{name}.py"
+    return path if any((base / path).is_file() for base in (Path(), ROOT)) else name
+
+
 def config_path(name: str) -> Path:
-    """Return the path of a config: relative to the working folder, else to the checkout.
+    """Return the path of a config: relative to the working folder, else to the checkout; `snapkv` is configs/snapkv.py.
 
     Raises:
       UserError: there is no such file; names the nearest.
     """
+    name = full_name(name)
     for path in (Path(name), ROOT / name):
         if path.suffix == ".py" and path.is_file():
             return path
@@ -51,11 +61,12 @@ def load_config(name: str | Path, changes: Mapping[str, str] | None = None) -> E
     """Run a config file and apply changes to what it returns.
 
     Args:
-      name: path of the file, such as configs/kivi2.py.
+      name: path of the file, such as configs/kivi2.py, or kivi2 alone for a file of configs/.
       changes: dotted field -> text, such as {"recipe.segments.0.policy.window": "512"}.
 
     Raises:
-      UserError: no such file, a file that returns something else, or a field or value that is not allowed.
+      UserError: no such file, a file that fails (the line has its line number and what is allowed; the cause is the exception itself) or
+        returns something else, or a field or value that is not allowed.
     """
     path = config_path(str(name))
     spec = importlib.util.spec_from_file_location(f"lcx_config_{path.stem}", path)
@@ -64,11 +75,12 @@ def load_config(name: str | Path, changes: Mapping[str, str] | None = None) -> E
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise UserError(f"config={str(name)!r} cannot be imported: {type(error).__name__}: {error}") from None
-    if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"config={str(name)!r} has no function get_config()")
-    config = module.get_config()
+        if not callable(getattr(module, "get_config", None)):
+            raise UserError(f"config={str(name)!r} has no function get_config()")
+        config = module.get_config()
+    # a config is a user's code: whatever it raises, the user needs the line, and the exception stays as the cause
+    except Exception as error:
+        raise config_error(path, error) from error
     if not isinstance(config, (Experiment, Sweep)):
         raise UserError(f"config={str(name)!r} returns a {type(config).__name__}; allowed are Experiment and Sweep")
     if isinstance(config, Experiment) and not config.about:

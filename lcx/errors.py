@@ -18,3 +18,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ` ; did you mean 'x'?` for the allowed name that looks most like `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f" ; did you mean {matches[0]!r}?" if matches else ""
+
+
+def brief(value) -> str:
+    """Return a value as an error shows it, in at most 60 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

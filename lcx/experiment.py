@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 
 from lcx import texts
 from lcx.artefacts.source import AuxSource
 from lcx.axes import Aux
-from lcx.errors import UserError
+from lcx.errors import UserError, brief
 from lcx.model_config import ModelConfig
 from lcx.recipe import Recipe
 from lcx.schedules.chunked import Chunked, OneShot
 
+CONFIG_PATHS = "allowed is a tuple of paths of config files, such as ('configs/dense.py', 'mine.py'), and of Variants"
 NO_PAPER: Mapping[str, float] = MappingProxyType({})
 
 
@@ -43,6 +44,10 @@ class Experiment:
     implementation: str | None = None
     verified: tuple[str, ...] = field(default=(), compare=False)
     about: str = field(default="", compare=False)
+
+    def __post_init__(self):
+        if not isinstance(self.recipe, Recipe):
+            raise UserError(f"recipe={brief(self.recipe)} is a {type(self.recipe).__name__}; allowed is a Recipe")
 
     def load_aux(self, model: ModelConfig) -> Aux | None:
         return None if self.aux is None else self.aux.load(model)
@@ -123,6 +128,13 @@ class Sweep:
     repeats: int | None = None
     chunk_size: int | None = None
     texts: tuple[str, ...] = texts.DEFAULT
+
+    def __post_init__(self):
+        if not isinstance(self.configs, tuple | list):
+            raise UserError(f"configs={brief(self.configs)} is a {type(self.configs).__name__}; {CONFIG_PATHS}")
+        for i, path in enumerate(self.configs):
+            if not isinstance(path, str | PurePath | Variant):
+                raise UserError(f"configs[{i}]={brief(path)} is an {type(path).__name__}; {CONFIG_PATHS}")
 
     def with_chunks(self, size: int) -> Sweep:
         """Return the sweep with every prompt read in chunks of `size` tokens."""

@@ -13,7 +13,7 @@ from lcx.axes import CAUSAL, LARGE, PHASES, Array, Aux, Part, Pattern
 from lcx.cache import LayerCache, Size, shape_bytes
 from lcx.errors import UserError, nearest
 from lcx.model_config import ModelConfig
-from lcx.segments import Chain, Segment, check_chain, num_rows, prompt_segment
+from lcx.segments import Chain, Segment, check_chain, check_part, check_segments, num_rows, prompt_segment
 from lcx.storage import Shape, capacities, empty_layer, empty_probe, kept_width
 
 
@@ -56,6 +56,8 @@ class Recipe:
     rounding: int = 1
 
     def __post_init__(self):
+        check_segments(self.segments)
+        check_part("pattern", self.pattern)
         names = [s.name for chain in self.chains for s in chain]
         if not names:
             raise UserError("segments=() holds nothing: give at least one Segment")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import NamedTuple
 
 from lcx.axes import FACTS, Aux, Codec, Compress, Exact, KeepAll, Part, Pattern, Policy, RawExact
-from lcx.errors import UserError
+from lcx.errors import UserError, brief
 from lcx.model_config import ModelConfig
 
 
@@ -28,6 +28,45 @@ class Segment:
     policy: Policy = field(default_factory=KeepAll)
     codec: Codec = field(default_factory=Exact)
     compress: Compress | None = None
+
+    def __post_init__(self):
+        for axis in ("policy", "codec", "compress"):
+            check_part(f"{axis} of segment {self.name!r}", getattr(self, axis))
+
+
+def check_part(axis: str, part: Part | None) -> None:
+    """Raise UserError unless a part is an instance of a frozen dataclass whose fields are hashable: it is an argument of jit."""
+    if part is None:
+        return
+    name = part.__name__ if isinstance(part, type) else type(part).__name__
+    if isinstance(part, type):
+        raise UserError(f"{axis}={name} is a class; allowed is an instance, such as {name}()")
+    if not is_dataclass(part) or not part.__dataclass_params__.frozen:  # pyrefly: ignore
+        raise UserError(f"{axis}={name}(...) can change; allowed is a class with @dataclass(frozen=True) above it")
+    try:
+        hash(part)
+    except TypeError as error:
+        raise UserError(
+            f"{axis}={name}(...): {error}; allowed are fields that are numbers, texts or tuples of them"
+        ) from None
+
+
+def check_segments(segments) -> None:
+    """Raise UserError unless `segments` is a tuple of segments, or of tuples of segments."""
+    if isinstance(segments, Segment):
+        raise UserError(
+            f"segments=Segment(name={segments.name!r}, ...) is a Segment; allowed is a tuple: Recipe((Segment(...),)), with a comma"
+        )
+    if not isinstance(segments, tuple):
+        raise UserError(
+            f"segments={brief(segments)} is a {type(segments).__name__}; allowed is a tuple: Recipe((Segment(...),))"
+        )
+    for entry in segments:
+        for s in entry if isinstance(entry, tuple) else (entry,):
+            if not isinstance(s, Segment):
+                raise UserError(
+                    f"segments: {brief(s)} is a {type(s).__name__}; allowed are Segments, and tuples of them for chains"
+                )
 
 
 Chain = tuple[Segment, ...]

@@ -196,7 +196,7 @@ SCORE = ("--out=out.npz", f"--text_file={TEXT}")
 WRONG = [
     ("generate", (), "prompt=None and prompt_file=None: give one of them"),
     ("generate", ("--prompt=a", "--config=configs/snapkvv.py"), "did you mean 'configs/snapkv.py'?"),
-    ("generate", ("--prompt=a", "--config=snapkv"), "config='snapkv': no such config"),
+    ("generate", ("--prompt=a", "--config=snapvk"), "config='snapvk': no such config"),
     ("generate", ("--prompt=a", "--model=smollm"), "model='smollm'; allowed are smollm2-135m"),
     ("generate", ("--prompt=a", "--model=gemma3-270m"), "terms of use"),
     ("generate", ("--prompt=a", "--num_token=3"), "Unknown command line flag 'num_token'. Did you mean: num_tokens ?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from lcx.sweep.points import Point
 from lcx.sweep.quality import References, Scored
 from lcx.sweep.schema import Row
 from lcx.sweep.turns import Times, measure
+from lcx.tracebacks import place
 
 # words of jaxlib's errors when memory is short
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "bad_alloc", "Unable to allocate")
@@ -83,8 +85,11 @@ class Bench:
         except MemoryError as error:
             return {"status": "oom", "message": str(error) or "MemoryError"}
         except Exception as error:  # noqa: BLE001, the sweep goes on and the row says what it was
+            # a worker's stderr is its log; the row has one line, which ends with the place in the user's own files
+            traceback.print_exception(error)
             text = f"{type(error).__name__}: {error}"
-            short = " ".join(text.split())[:500]
+            at = place(error)
+            short = " ".join(text.split())[:500] + (f" ({at})" if at else "")
             return {"status": "oom" if any(word in text for word in OUT_OF_MEMORY) else "error", "message": short}
 
     def passages(self, point: Point) -> np.ndarray:
