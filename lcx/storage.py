@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def capacities(chain: Chain, now: Chain, phase: str, shape: Shape, rounding: int
     tokens += 0 if phase == "prefill" and compresses else shape.new_tokens
     for s in now:
         slots, whole = s.policy.capacity(tokens, s.codec.page), round_up(tokens, s.codec.page)
-        sizes[s.name] = slots if slots >= whole else min(round_up(slots, rounding), whole)
+        sizes[s.name] = slots if slots >= whole else min(round_up(slots, math.lcm(rounding, s.codec.page)), whole)
         tokens = s.policy.handed(tokens)
     return sizes
 

@@ -87,7 +87,12 @@ class Small:
     whole: bool = False
 
 
-_KIVI = {"Flush": {"page": 8, "keep": 8}, "Kivi": {"group_size": 8}}
+_KIVI = {
+    "Remainder": {"page": 8},
+    "Recent": {"page": 8, "keep": 8, "group_size": 8},
+    "KiviKeys": {"group_size": 8},
+    "Kivi": {"group_size": 8},
+}
 SETTINGS = {
     "dense": Small(),
     "window": Small(budget=9),

@@ -477,7 +477,7 @@ RECIPES = {
     "float8_e4m3": Recipe((Segment(codec=Cast("float8_e4m3")),)),
     "int8": Recipe((Segment(codec=Int(8)),)),
     "int4": Recipe((Segment(codec=Int(4, group_size=8)),)),
-    "kivi2": Recipe((chain(2, 8, 16),)),
+    "kivi2": Recipe((chain(2, 8, 16, rule="together"),)),
 }
 PROMPT, NEW = 22, 17
 
@@ -521,7 +521,7 @@ def test_kivi_is_exact_until_the_first_page_falls():
 
 def test_split_heads_and_batch_mates_of_other_lengths():
     """KIVI on one KV head, int8 on the other; each text against the oracle that reads its row, pages falling at different steps."""
-    recipe = Recipe((chain(2, 8, 8, heads="long"), Segment("rest", heads="rest", codec=Int(8))))
+    recipe = Recipe((chain(2, 8, 8, heads="long", rule="together"), Segment("rest", heads="rest", codec=Int(8))))
     aux = [{"heads": {"long": np.array([i]), "rest": np.array([1 - i])}} for i in (1, 0)]
     tokens = np.stack([text(PROMPT + NEW, seed) for seed in (3, 4)])
     lengths = [9, PROMPT]
@@ -540,7 +540,7 @@ def test_split_heads_and_batch_mates_of_other_lengths():
 
 
 def test_prompt_compression_may_feed_kivi():
-    recipe = Recipe((chain(2, 8, 8, compress=SnapKV(budget=22, window=4)),))
+    recipe = Recipe((chain(2, 8, 8, compress=SnapKV(budget=22, window=4), rule="together"),))
     tokens = text(46, 6)
     session = Session(layers(CONFIG), recipe, 40, 6)
     naive = Stored(CONFIG, weights(CONFIG))
@@ -593,7 +593,7 @@ def flushed(tail, new, keep, page):
 
 
 CHAINS = {
-    "kivi": chain(4, 4, 8),
+    "kivi": chain(4, 4, 8, rule="together"),
     "exact": (Segment("tail", policy=Flush(page=4, keep=5)), Segment("pages")),
     "no_tail": (Segment("tail", policy=Flush(page=4)), Segment("pages", codec=Kivi(2, 2))),
 }
@@ -665,7 +665,7 @@ def test_tail_hands_down_its_oldest_whole_pages_and_loses_nothing(name, widths, 
 @pytest.mark.parametrize("residual", [32, 128])
 def test_capacities_of_a_chain_are_what_its_tokens_need(residual):
     for tokens in (1, 31, 32, residual, 2 * residual - 1, 2 * residual, 2 * residual + 1, 1_000):
-        sizes = Recipe((chain(2, 32, residual),)).capacities("decode", 0, Shape(CONFIG, tokens))
+        sizes = Recipe((chain(2, 32, residual, rule="together"),)).capacities("decode", 0, Shape(CONFIG, tokens))
         tail, gone = flushed(0, tokens, residual, residual)
         assert sizes["pages"] == gone and min(2 * residual - 1, tokens) <= sizes["tail"] <= 2 * residual
     assert Flush(page=4, keep=3).handed(6) == 0 and Flush(page=4, keep=3).handed(7) == 4
@@ -740,6 +740,7 @@ def test_head_sizes_of_the_supported_models_suit_the_defaults(head_dim):
 
 
 def test_defaults_are_the_papers():
-    tail, pages = chain()
+    tail, recent, pages = chain()
     assert (pages.codec.bits, pages.codec.group_size, pages.codec.page) == (2, 32, 32)
-    assert tail.policy == Flush(page=128, keep=128) and isinstance(pages.policy, KeepAll) and tail.codec == Exact()
+    assert (recent.codec.bits, recent.codec.group_size, recent.policy.page) == (2, 32, 128)
+    assert tail.policy.page == 128 and isinstance(pages.policy, KeepAll) and tail.codec == Exact()

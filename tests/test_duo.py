@@ -62,8 +62,23 @@ def test_lowest_scores_of_the_whole_model_stream():
         assert {h.dtype for h in layer["heads"].values()} == {np.dtype(np.int32)}
 
 
-@pytest.mark.parametrize("fraction, count", [(0, 0), (0.1, 0), (0.32, 2), (0.5, 4), (1, 9)])
-def test_number_of_streaming_heads_is_floored(fraction, count):
+def authors_streaming_heads(scores, sparsity):
+    """Return bool like scores, as sparsify_attention_heads of the authors' duo_attn/utils.py, for scores without ties."""
+    threshold = 2 if sparsity >= 1 else -1 if sparsity <= 0 else np.quantile(scores, sparsity)
+    return ~(scores >= threshold)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_streaming_heads_are_those_below_the_authors_quantile(seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.random((rng.integers(1, 9), rng.integers(1, 9)))
+    for fraction in (0, 0.25, 0.3, 0.5, 0.75, float(rng.random()), 1):
+        want = [np.flatnonzero(row).tolist() for row in authors_streaming_heads(scores, fraction)]
+        assert streaming_of(split_by_score(scores, fraction)) == want, (scores.shape, fraction)
+
+
+@pytest.mark.parametrize("fraction, count", [(0, 0), (0.1, 1), (0.32, 3), (0.5, 4), (0.51, 5), (1, 9)])
+def test_number_of_streaming_heads_is_that_of_the_quantile(fraction, count):
     assert sum(map(len, streaming_of(split_by_score(SCORES, fraction)))) == count
     # equal scores change nothing about the number: the first heads stream
     tied = streaming_of(split_by_score(np.zeros((3, 3)), fraction))

@@ -40,8 +40,10 @@ def attended(method, q, k, v, pos, sizes):
         (MInference(45, 115), (333, 253), 2, 3, None),
         (MInference(), (490, 70), 1, 8, (60, 130)),
         (MInference(200, 1), (257, 1), 2, 1, None),
+        (MInference(35, 64), (333, 253), 1, 2, None),
+        (MInference(35, 65), (130, 253), 1, 2, None),
     ],
-    ids=["group of 3", "sizes by head", "columns"],
+    ids=["group of 3", "sizes by head", "columns", "64 distances", "65 distances"],
 )
 def test_attention_equals_the_oracle(method, lengths, K, G, sizes):
     """Texts of different lengths, no multiples of a block; sizes by head as data."""
@@ -49,7 +51,7 @@ def test_attention_equals_the_oracle(method, lengths, K, G, sizes):
     vertical, slash, aux = method.vertical, method.slash, {}
     if sizes:
         rng = np.random.default_rng(0)
-        vertical, slash = rng.integers(1, sizes[0], (K, G)), rng.integers(100, sizes[1], (K, G))
+        vertical, slash = rng.integers(1, sizes[0], (K, G)), rng.integers(40, sizes[1], (K, G))
         aux = {"vertical": jnp.asarray(vertical), "slash": jnp.asarray(slash)}
     out, overflow = attended(method, q, k, v, pos, aux)
     want = oracle.attend(q, k, v, pos, oracle.read_keys(q, k, pos, vertical, slash))

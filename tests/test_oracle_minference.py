@@ -177,9 +177,16 @@ def test_what_the_authors_leave_open_is_refused(batch):
     q, k, _, pos = batch
     with pytest.raises(ValueError, match="slash=60 is below 100"):
         minference.read_keys(q, k, pos, 30, 60, authors=True)
-    fewest, hundred = (minference.read_keys(q, k, pos, 30, slash) for slash in (1, 100))
-    for a, b in zip(fewest, hundred, strict=True):
+
+
+def test_fewer_than_a_hundred_distances_are_the_nearest(batch):
+    q, k, _, pos = batch
+    fewest, fifty, hundred = (minference.read_keys(q, k, pos, 30, slash) for slash in (1, 50, 100))
+    for a, b, c in zip(fewest, fifty, hundred, strict=True):
         np.testing.assert_array_equal(a, b)
+        assert (c | ~b).all() and b.sum() < c.sum()
+    columns, distances = minference.chosen(q[0, 0, 0], k[0, 0], 30, 50)
+    assert distances.tolist() == list(range(50)) and columns.tolist() == list(range(30))
 
 
 def test_texts_of_no_token_read_nothing():

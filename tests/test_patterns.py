@@ -123,8 +123,9 @@ def quest_pages(queries, keys, pattern, distance=None, window=None):
     wanted = min(max(pattern.budget // page, 3), len(starts))
     found = []
     for row in bounds:
-        others = np.argsort(-row[:-1], kind="stable")[: wanted - 1]
-        found.append({len(starts) - 1, *(int(i) for i in others)} if len(starts) else set())
+        if pattern.force_last and len(starts):
+            row[-1] = np.inf
+        found.append({int(i) for i in np.argsort(-row, kind="stable")[:wanted]})
     return found
 
 
@@ -146,14 +147,15 @@ def quest_rule(pattern):
 
 
 QUEST = Quest(budget=14, page=4, dense_layers=0)
+FREE = replace(QUEST, force_last=False)
 STEPS = [1] * 6 + [3, 3] + [1] * 3
 
 
-@pytest.mark.parametrize("dirty", [False, True])
-def test_quest_equals_a_decoder_that_reads_the_chosen_pages(dirty):
+@pytest.mark.parametrize("pattern, dirty", [(QUEST, False), (QUEST, True), (FREE, False)], ids=["", "dirty", "free"])
+def test_quest_equals_a_decoder_that_reads_the_chosen_pages(pattern, dirty):
     """Chunks and steps that straddle pages, steps of three tokens that also read each other, texts of different lengths."""
-    recipe = Recipe(pattern=QUEST)
-    session, rows = follow(recipe, quest_rule(QUEST), [21, 37], STEPS, prompt=37, schedule=Chunked(13), dirty=dirty)
+    recipe = Recipe(pattern=pattern)
+    session, rows = follow(recipe, quest_rule(pattern), [21, 37], STEPS, prompt=37, schedule=Chunked(13), dirty=dirty)
     # the extremes of every page are those of the keys that it holds
     for layer, head, b in np.ndindex(CONFIG.num_layers, K, 2):
         keys = rows[b].held[layer][head].key
@@ -268,6 +270,7 @@ def quest_visit_program(pattern, window, queries):
         (Quest(budget=14, page=4), None, 1),
         (Quest(budget=24, page=4, group_reduce="max"), None, 1),
         (Quest(budget=4, page=4), None, 3),  # three pages at least
+        (Quest(budget=12, page=4, force_last=False), None, 2),
         (Quest(budget=16, page=16), None, 2),
         (Quest(budget=6, page=1), None, 3),
         (Quest(budget=12, page=4), 21, 3),  # a layer with a window of its own
@@ -326,7 +329,7 @@ def minference_keys(q, k, vertical, slash, window=10**6):
         diagonals[i - np.arange(first, i + 1)] += p
     columns[:30], diagonals[:100] = np.inf, np.inf
     chosen = np.argsort(-columns, kind="stable")[: max(vertical, 30)]
-    distances = np.argsort(-diagonals, kind="stable")[: max(slash, 100)]
+    distances = np.argsort(-diagonals, kind="stable")[: max(slash, 50)]
     blocks = []
     for end in range(64, T + 64, 64):
         keys = {int(c) for c in chosen if c < end}
@@ -398,7 +401,8 @@ def assert_reads(pattern, T, lengths, *, window=None, sizes=None, k=None, q=None
     ("pattern", "T", "lengths", "window"),
     [
         (MInference(35, 110), 300, (300, 181), None),
-        (MInference(1, 1), 300, (300, 40), None),  # raised to the first 30 columns and the nearest 100 distances
+        (MInference(1, 1), 300, (300, 40), None),  # raised to the first 30 columns and the nearest 50 distances
+        (MInference(33, 77), 333, (333, 260), None),  # of the 100 nearest distances only 77
         (MInference(90, 101), 300, (257, 300), 90),  # a layer with a window of its own
     ],
     ids=str,
@@ -433,7 +437,7 @@ def test_minference_reads_everything_at_its_exact_limits(pattern, T):
 
 def test_minference_lists_have_room_for_the_worst_case():
     """Columns that lie outside of every diagonal: with as many keys as the static width of the list allows, none is dropped."""
-    for T, pattern in ((640, MInference(300, 101)), (640, MInference(1, 102)), (7_040, MInference(6_490, 1))):
+    for T, pattern in ((640, MInference(300, 101)), (640, MInference(1, 102)), (7_040, MInference(6_490, 100))):
         k = np.where(np.arange(T) < T - 170, 1.0, -3.0)[:, None] * np.ones(4)
         k[:-170] += 1e-2 * np.random.default_rng(0).normal(size=(T - 170, 4))
         read = assert_reads(pattern, T, (T,), q=np.full((1, 1, 1, T, 4), 2.0), k=k[None, None])
@@ -495,6 +499,7 @@ def test_minference_is_for_the_prompt_alone():
         (lambda: Quest(dense_layers=-1), "dense_layers=-1 must be at least 0"),
         (lambda: Quest(group_reduce="mean"), "group_reduce='mean': allowed are None, 'max'"),
         (lambda: Recipe(pattern=Quest()).with_budget(3), "budget=3 must be at least one page"),
+        (lambda: Quest(force_last=0), "force_last=0: allowed are True, False"),
         (lambda: MInference(vertical=0), "vertical=0 and slash=6096 must be at least 1"),
         (lambda: MInference(slash=-2), "slash=-2 must be at least 1"),
         (lambda: Recipe(pattern=MInference()).with_budget(100), "budget=100: this recipe has no single budget"),

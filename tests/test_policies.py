@@ -7,6 +7,7 @@ neither batch mate nor padding matters.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import jax.numpy as jnp
 import numpy as np
@@ -151,7 +152,7 @@ METHODS = {
     "streaming_llm": in_cache_positions(lambda n: SinkWindow(2, n - 2), recency(2)),
     "snapkv": act_once(lambda n: SnapKV(n, window=3, kernel=5), votes(3, 5, np.mean)),
     "snapkv_max": act_once(lambda n: SnapKV(n, window=3, kernel=3, pooling="max"), votes(3, 3, np.max)),
-    "knorm": act_once(KNorm, key_norm),
+    "knorm": act_once(lambda n: KNorm(n, skip_layers=()), key_norm),
     "tova": act_each_step(TOVA, tova(False)),
     "tova_keep_last": act_each_step(lambda n: TOVA(n, keep_last=True), tova(True)),
     "h2o": act_each_step(H2O, heavy_hitters),
@@ -256,6 +257,20 @@ def follows_rule(method, budget, case):
     for row, (*want, _) in enumerate(wanted):
         assert_equal(got, want, row)
     return True
+
+
+@pytest.mark.parametrize("skipped", [(0, 1), (1,)])
+def test_key_norm_skips_the_layers_of_its_setting(skipped):
+    """Layers that are skipped keep the whole prompt; the others keep the budget of what they see then."""
+    case = Case()
+    got = run(Recipe((Segment(compress=KNorm(BUDGET, skip_layers=skipped)),)), case)
+    for row in range(2):
+        layer, rule = cycle(range(TINY.num_layers)), Keep(key_norm, BUDGET)
+        keep = lambda heads, layer=layer, rule=rule: keep_everything(heads) if next(layer) in skipped else rule(heads)
+        want = run_oracle(case, row, keep, keep_everything)
+        assert rule.margin > MARGIN
+        assert_equal(got, want, row)
+    assert KNorm().skip_layers == (0, 1)
 
 
 def most_kept(kept):
@@ -554,6 +569,8 @@ BAD = [
     (lambda: TOVA("9"), "budget='9'", "integer"),
     (lambda: KNorm(0), "budget=0", "at least 1"),
     (lambda: KNorm(2.5), "budget=2.5", "integer"),
+    (lambda: KNorm(9, skip_layers=[0]), "skip_layers=[0]", "tuple of layers"),
+    (lambda: KNorm(9, skip_layers=(-1,)), "skip_layers=(-1,)", "at least 0"),
     (lambda: H2O(1), "budget=1", "at least 2"),
     (lambda: H2O(True), "budget=True", "integer"),
     (lambda: Flush(page=0), "page=0", "at least 1"),

@@ -116,7 +116,7 @@ REFUSED = {
     ),
     "cache positions, chain": (
         lambda: Recipe((kivi.chain(2, 8, 8),), CachePositions()),
-        "CachePositions needs a chain of one segment, which chain ['tail', 'pages'] does not leave",
+        "CachePositions needs a chain of one segment, which chain ['tail', 'recent', 'pages'] does not leave",
     ),
     "compress below": (
         lambda: Recipe(((Segment("tail", policy=Flush(4)), Segment("rest", compress=SnapKV())),)),

@@ -24,9 +24,13 @@ META = json.loads(str(PEERS["meta"]))
 PROMPT, CONTINUATION = META["prompt"], META["continuation"]
 # config and the switches that make it what kvpress runs
 PRESSES = {
-    "snapkv": ("snapkv", {}),
+    # the setting of the authors' class
+    "snapkv": (
+        "snapkv",
+        {f"recipe.segments.0.compress.{n}": v for n, v in {"window": "64", "kernel": "5", "pooling": "avg"}.items()},
+    ),
     "tova": ("tova", {"recipe.segments.0.policy.keep_last": "true"}),  # kvpress forces the last token in
-    "knorm": ("knorm", {}),
+    "knorm": ("knorm", {"recipe.segments.0.compress.skip_layers": "()"}),  # the authors skip two layers
     "streaming": ("sink_window", {}),
 }
 # presses of peers_smollm2_layers.npz: config and switches.

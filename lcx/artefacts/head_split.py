@@ -22,11 +22,14 @@ def split_by_score(scores, streaming: float) -> Aux:
 
     Args:
       scores: [L,K], the higher, the rather a retrieval head.  Of equal ones the first in order streams first.
-      streaming: fraction of the L * K heads that stream, 0 to 1; the number is floored.
+      streaming: fraction of the L * K heads that stream, 0 to 1: those below its quantile, linearly interpolated between neighbours, as in
+        the authors' code.  All stream at 1, none at 0.
     """
     scores = np.asarray(scores)
-    streams = np.zeros(scores.size, bool)
-    streams[np.argsort(scores, axis=None, kind="stable")[: int(streaming * scores.size)]] = True
+    rank = np.empty(scores.size)
+    rank[np.argsort(scores, axis=None, kind="stable")] = np.arange(scores.size)
+    # the quantile at 1 is the largest score, which is not below itself
+    streams = rank < (scores.size if streaming >= 1 else np.quantile(rank, streaming))
     find = lambda kind: np.flatnonzero(kind).astype(np.int32)
     return [{"heads": {"retrieval": find(~row), "streaming": find(row)}} for row in streams.reshape(scores.shape)]
 

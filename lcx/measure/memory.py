@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from lcx.axes import Aux
+from lcx.ctx import Ctx
 from lcx.model_config import ModelConfig
 from lcx.recipe import Recipe
-from lcx.segments import num_rows
+from lcx.segments import Chain, num_rows
 from lcx.storage import Shape
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -47,11 +51,28 @@ def machine_bytes() -> int | None:
 def bits_per_value(
     recipe: Recipe, model: ModelConfig, prompt: int, new_tokens: int, *, aux: Aux | None = None, dtype
 ) -> float:
-    """Return the bits of the decode cache per key and value channel that its slots can hold, including scales, positions and state."""
-    values = 0
+    """Return the bits of the decode cache per key and value channel that it holds once all new tokens are there.
+
+    Scales, positions, state and the slots that stay empty are among the bits; the values are those of the tokens that are held.
+    """
+    values, shape = 0, Shape(model, prompt, new_tokens)
+    # slots that are there for the rounding alone never hold a token
+    exact = replace(recipe, rounding=1)
     for layer in range(model.num_layers):
-        sizes = recipe.capacities("decode", layer, Shape(model, prompt, new_tokens))
-        for chain in recipe.at("decode", layer, model).chains:
+        sizes = exact.capacities("decode", layer, shape)
+        for chain in exact.at("decode", layer, model).chains:
             rows = num_rows(model, chain[0].heads, aux, layer)
-            values += sum(2 * model.head_dim * rows * sizes[s.name] for s in chain)
+            # the segments of a chain are never all full: each token is in one of them
+            tokens = _kept(chain, prompt) + new_tokens
+            values += 2 * model.head_dim * rows * min(tokens, sum(sizes[s.name] for s in chain))
     return 8 * recipe.bytes(model, prompt, new_tokens, aux=aux, dtype=dtype) / values
+
+
+def _kept(chain: Chain, prompt: int) -> int:
+    """Return the tokens per KV head that a chain holds at the end of a prompt of `prompt` tokens, if its policies let all stay."""
+    compress = chain[0].compress
+    if compress is None:
+        return prompt
+    # a budget may depend on the length; `keep` reads the settings and nothing else of a step
+    ctx = Ctx(q=None, pos=None, scale=1.0, rotate=None, data=compress.data())  # pyrefly: ignore
+    return min(int(compress.keep(ctx, np.int32(prompt))), prompt)  # pyrefly: ignore

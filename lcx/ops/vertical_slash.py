@@ -23,7 +23,7 @@ def vertical_slash(column: jax.Array, diagonal: jax.Array, *, columns: int, dist
       column: bool [B,R,G,T], keys that all later queries read.
       diagonal: bool [B,R,G,T], distances; the first `near` are chosen, or all where there are fewer.
       columns, distances: upper bounds on how many of each are chosen.
-      near: distances from 0 on that are always chosen, at least 64.
+      near: distances from 0 on that are always chosen.
     """
     T = column.shape[-1]
     tiles = -(-T // TILE)
@@ -32,6 +32,9 @@ def vertical_slash(column: jax.Array, diagonal: jax.Array, *, columns: int, dist
     total = jnp.pad(total, ((0, 0),) * 3 + ((ROWS, tiles * TILE - T),), mode="edge")
     read = total[..., ROWS + 1 :] > total[..., 1:-ROWS]
     whole = _whole(read)
+    if near > ROWS:
+        # they fill a tile's own; a text of fewer tokens than that is one block
+        whole = whole.at[..., 0].set(True)
     first = _packed(whole, min(tiles, (near + ROWS * (1 + max(0, distances - near))) // TILE + 1))
     filled = jnp.repeat(whole, TILE, -1)
     # the tile of an offset is that of another distance for the first 64 queries of a tile than for the others
@@ -56,10 +59,12 @@ def vertical_slash(column: jax.Array, diagonal: jax.Array, *, columns: int, dist
         wanted &= ~jnp.take_along_axis(read, jnp.clip(end - keys - 1, 0, read.shape[-1] - 1), -1)
         beside = jnp.take_along_axis(keys, _packed(wanted, keys.shape[-1], keys.shape[-1] - 1), -1)
         num = jnp.sum(wanted, -1, dtype=jnp.int32)
+        # the last block may end behind the text
+        behind = jnp.sum(shared <= end - T, -1, dtype=jnp.int32)
         place = jnp.arange(wide) - num[..., None]
-        moved = end - jnp.take_along_axis(shared, jnp.clip(place, 0, shared.shape[-1] - 1), -1)
+        moved = end - jnp.take_along_axis(shared, jnp.clip(place + behind[..., None], 0, shared.shape[-1] - 1), -1)
         beside = jnp.pad(beside[..., :wide], ((0, 0),) * 3 + ((0, max(0, wide - beside.shape[-1])),))
-        return jnp.where(place < 0, beside, moved), num + jnp.sum(shared <= end, -1, dtype=jnp.int32)
+        return jnp.where(place < 0, beside, moved), num - behind + jnp.sum(shared <= end, -1, dtype=jnp.int32)
 
     return [
         Visit(TILE, TILE, listing=whole_tiles, most=first.shape[-1]),
@@ -74,8 +79,7 @@ def _whole(read):
     """
     half = read.reshape(*read.shape[:3], -1, 2, ROWS).all(-1)
     before = jnp.pad(half[..., :-1, 1], ((0, 0),) * 3 + ((1, 0),), constant_values=True)
-    # the nearest distances fill a tile's own; a text of fewer tokens than that is one block
-    return (half.all(-1) & before).at[..., 0].set(True)
+    return half.all(-1) & before
 
 
 def _packed(chosen, most: int, fill: int | None = None) -> jax.Array:

@@ -16,8 +16,8 @@ from lcx.ops.vertical_slash import vertical_slash
 from lcx.ops.visits import Visit
 
 PROBE = 64  # last queries that estimate
-SINK_COLUMNS, NEAR_DIAGONALS = 30, 100  # always read
-LEAST_VERTICAL, LEAST_SLASH = 30, 50
+SINK_COLUMNS, NEAR_DIAGONALS = 30, 100  # ranked first
+LEAST_VERTICAL, LEAST_SLASH = 30, 50  # sizes below are raised
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,11 @@ class MInference(Pattern):
     """Vertical-slash attention in prefill: the columns and diagonals that the last 64 queries attend to.
 
     MInference 1.0, Jiang et al. 2024, arXiv:2407.02490, section 3.2; constants of the authors' code: probe of 64 queries, the first 30
-    columns and the nearest 100 distances always in, blocks of 64 rows, each chosen distance d reading the 64 keys up to (end of the
-    block - d).  Every query head chooses for itself.  Per-head sizes come as the arrays "vertical" and "slash", int [H]; without them all
-    heads have the authors' default for heads that their search left out.  Decode is dense.  Differs: ranges that overlap are joined
-    exactly, where the authors' kernel extends by whole blocks and reads a little more.
+    columns and the nearest 100 distances ranked first, blocks of 64 rows, each chosen distance d reading the 64 keys up to (end of the
+    block - d).  With slash below 100 the authors' top-k leaves open which of the 100 are taken; here it is the nearest.  Every query head
+    chooses for itself.  Per-head sizes come as the arrays "vertical" and "slash", int [H]; without them all heads have the authors'
+    default for heads that their search left out, and prompts of up to 6,096 tokens are read densely.  Decode is dense.  Differs: ranges
+    that overlap are joined exactly, where the authors' kernel extends by whole blocks and reads a little more.
 
     Args:
       vertical: columns, >= 1 (raised to 30).
@@ -79,19 +80,21 @@ class MInference(Pattern):
         diagonals = jnp.where(number < NEAR_DIAGONALS, jnp.inf, diagonals)
         column = _best(columns, self._sizes(ctx, "vertical", LEAST_VERTICAL))
         diagonal = _best(diagonals, self._sizes(ctx, "slash", LEAST_SLASH))
+        # sizes by head are known when the program runs
+        slash = LEAST_SLASH if "slash" in ctx.aux else max(self.slash, LEAST_SLASH)
         most = {
             "columns": T if "vertical" in ctx.aux else max(self.vertical, LEAST_VERTICAL),
-            "distances": T if "slash" in ctx.aux else max(self.slash, NEAR_DIAGONALS),
+            "distances": T if "slash" in ctx.aux else slash,
         }
         # one shot: nothing is held before this step
         nothing = Visit(1, BLOCK, listing=lambda i: (jnp.zeros((1, 1, 1, 0), jnp.int32),) * 2, most=0)
-        pages = {"own": vertical_slash(column, diagonal, near=NEAR_DIAGONALS, **most)}
+        pages = {"own": vertical_slash(column, diagonal, near=min(slash, NEAR_DIAGONALS), **most)}
         return Visits(dict.fromkeys(held, nothing) | pages)
 
 
 def _best(score, size):
-    """bool like score: the `size` highest of the last axis; at least everything that is infinite; ties keep the first."""
+    """bool like score: the `size` highest of the last axis; ties keep the first."""
     T = score.shape[-1]
     _, order = lax.top_k(score, T)
     rank = jnp.argsort(order, -1)
-    return (rank < size) | jnp.isinf(score)
+    return rank < size

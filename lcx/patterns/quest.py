@@ -18,21 +18,25 @@ class Quest(Pattern):
     """At decode each query reads the pages with the highest upper bound of q.k, from the pages' element-wise extremes of the keys.
 
     Quest, Tang et al. 2024, arXiv:2406.10774, section 3.3 and the authors' code: pages of 16, the first two layers dense, at least 3
-    pages, the last page always (of those held; the authors count the step's own token into it).  Prefill is dense, and all tokens stay
-    in memory beside the extremes (1/16 more).  Pages are chosen per query head as in the authors' evaluation; own tokens of the step
-    are read by all.  Exact when the budget covers the context.
+    pages.  The paper leaves the last page open: the authors' kernels always read it (`force_last`, the default); in their evaluation,
+    the code behind the paper's accuracy, it competes (`force_last=False`), and small budgets lose far more.  Pages are those of the held
+    tokens, where the authors count the step's own token into the last one; own tokens of the step are read by all.  Prefill is dense,
+    and all tokens stay in memory beside the extremes (1/16 more).  Pages are chosen per query head as in the authors' evaluation.
+    Exact when the budget covers the context.
 
     Args:
       budget: tokens read per query head, rounded down to pages.
       page: tokens a page.
       dense_layers: layers at the bottom that read everything.
       group_reduce: None, or "max": one page set for the query heads of a KV head, by their highest score.
+      force_last: True where the last page that holds a token is always among those read.
     """
 
     budget: int = 1_024
     page: int = 16
     dense_layers: int = 2
     group_reduce: str | None = None
+    force_last: bool = True
 
     exact = "While the budget covers the context."
     small = {"budget": 12, "page": 4}
@@ -47,6 +51,8 @@ class Quest(Pattern):
             raise UserError(f"Quest: dense_layers={self.dense_layers} must be at least 0")
         if self.group_reduce not in (None, "max"):
             raise UserError(f"Quest: group_reduce={self.group_reduce!r}: allowed are None, 'max'")
+        if not isinstance(self.force_last, bool):
+            raise UserError(f"Quest: force_last={self.force_last!r}: allowed are True, False")
 
     def at(self, phase, layer, model):
         if layer < self.dense_layers:
@@ -77,7 +83,9 @@ class Quest(Pattern):
         if ctx.window is not None:
             score = jnp.where(self._near(ctx, held.pos, pages), score, -jnp.inf)
         used = -(-used_length(held.pos, axis=-1) // self.page)[:, :, None, None, None]  # [B,R|1,1,1,1]
-        score = jnp.where(number == used - 1, jnp.inf, jnp.where(number < used, score, -jnp.inf))
+        score = jnp.where(number < used, score, -jnp.inf)
+        if self.force_last:
+            score = jnp.where(number == used - 1, jnp.inf, score)
         wanted = min(max(self.budget // self.page, self.least_pages), pages)
         _, index = lax.top_k(score, wanted)
         count = jnp.broadcast_to(jnp.minimum(used[..., 0], wanted), index.shape[:-1])

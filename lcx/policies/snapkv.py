@@ -17,18 +17,20 @@ from lcx.policies.base import check_budget, check_tokens
 class SnapKV(Compress):
     """Choice of the observation window and of the tokens that its queries attend to, smoothed over neighbours.
 
-    SnapKV, Li et al. 2024, arXiv:2404.14469, section 4; defaults of the authors' class, with budget 1,024 of their LongBench runs.
-    Prefill is dense; the cut happens once, at the end of the prompt; decode appends.  Differs: the mean over a GQA group decides, one
-    set per KV head (the authors store one per query head).  Exact while the prompt is within the budget.
+    SnapKV, Li et al. 2024, arXiv:2404.14469, section 4; defaults of the authors' class.  Their LongBench runs, configs/snapkv.py, have
+    budget 1,024, window 32, kernel 7 and "max".  Prefill is dense; the cut happens once, at the end of the prompt; decode appends.
+    Differs: the mean over a GQA group decides, one set per KV head (the authors store one per query head).  Exact while the prompt is
+    within the budget.
 
     Args:
-      budget: tokens kept per KV head, the window included; as small as the window.
+      budget: tokens kept per KV head, the window included, 256 + 64 by default; a budget of the window alone is allowed and keeps the
+        newest tokens, where the authors ask for more.
       window: last prompt tokens whose queries vote, and which always stay.
       kernel: width of the pooling, odd; zeros pad the edges and count in the mean.
       pooling: "avg" or "max", per KV head after the group's mean for "avg"; per query head before it for "max".
     """
 
-    budget: int = 1_024
+    budget: int = 320
     window: int = 64
     kernel: int = 5
     pooling: str = "avg"

@@ -5,14 +5,14 @@ chooses for itself; q and k are rotated and of the whole prompt.
 
 - The last 64 queries (all of a shorter text) estimate: softmax of their logits over all keys, causal.  The score of a column
   is the sum over these queries of what they give to a key, that of a distance d the sum of what query i gives to key i - d.
-- The first 30 columns and the distances below 100 are always in.  `vertical` columns (30 at least) and `slash` distances (50
-  at least, 100 with those that are always in) are taken, forced ones counted; of equal scores the nearer to 0.
+- The first 30 columns and the distances below 100 rank first.  `vertical` columns (30 at least) and `slash` distances (50
+  at least) are taken; of equal scores the nearer to 0, so that slash below 100 takes the `slash` nearest distances.
 - A block of queries whose last place is end - 1 reads, for each chosen d < end, the 64 keys before max(end - d, 64): ranges
   hang on the diagonal, not on a grid of 64.  And the chosen columns before `end`.  A query reads no key after its own.
 - authors=False: the union of the above.  authors=True: a range that overlaps or touches the one before it lengthens that by
   a whole 64, as their kernel does, so a block may read up to 63 more keys behind each chain of ranges.
 
-The authors' top-k leaves open which of the 100 forced distances stay when `slash` is below 100; authors=True refuses that.
+The authors' top-k leaves open which of the 100 nearest distances stay when `slash` is below 100; authors=True refuses that.
 """
 
 import math
@@ -46,10 +46,8 @@ def chosen(q, k, vertical, slash, authors=False):
     """Return (columns, distances) that one query head reads, ascending int arrays.  q, k [n,D]."""
     n = len(k)
     vertical, slash = min(n, max(vertical, LEAST_VERTICAL)), min(n, max(slash, LEAST_SLASH))
-    if slash < min(n, DISTANCES):
-        if authors:
-            raise ValueError(f"slash={slash} is below {DISTANCES}; which of the forced distances stay is left open")
-        slash = min(n, DISTANCES)
+    if authors and slash < min(n, DISTANCES):
+        raise ValueError(f"slash={slash} is below {DISTANCES}; which of the nearest distances stay is left open")
     columns, distances = estimate(q, k)
     return choose(columns, COLUMNS, vertical), choose(distances, DISTANCES, slash)
 
