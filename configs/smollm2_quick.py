@@ -1,4 +1,4 @@
-"""The first table: eight recipes on SmolLM2-135M within minutes on a laptop, on two texts, those with a budget at a quarter of the prompt."""
+"""The first table: eight recipes on SmolLM2-135M within minutes on a laptop, two texts, budgets of a quarter of the prompt."""
 
 from lcx.experiment import Sweep
 

@@ -22,7 +22,15 @@ _OUT = flags.DEFINE_string(
 )
 _TEXT = flags.DEFINE_string("text", "pride_and_prejudice", "A name of lcx.texts.")
 _TOKENS = flags.DEFINE_integer(
-    "tokens", None, "Tokens of the text that are read, from its beginning; head_split: 4,096, kvquant: 16,384."
+    "tokens",
+    None,
+    "Tokens of the text that are read, from its beginning or --start; head_split: 1,100, kvquant: 16,384.",
+)
+_START = flags.DEFINE_integer("start", 0, "head_split: token of the text at which the passage begins.")
+_COPIES = flags.DEFINE_integer(
+    "copies",
+    2,
+    "head_split: times that the passage is read; the queries of the later copies count.  1: all of plain text.",
 )
 _SINK = flags.DEFINE_integer("sink", 64, "head_split: first tokens that a streaming head keeps.")
 _WINDOW = flags.DEFINE_integer("window", 256, "head_split: most recent tokens that a streaming head keeps.")
@@ -35,8 +43,9 @@ _ACCEPT = flags.DEFINE_bool("accept_licence", False, "You agree to the licence o
 def head_split(model) -> None:
     from lcx.artefacts import head_mass
 
-    tokens = 4_096 if _TOKENS.value is None else _TOKENS.value
-    record = head_mass.calibrate(model, _TEXT.value, tokens, _SINK.value, _WINDOW.value)
+    tokens = 1_100 if _TOKENS.value is None else _TOKENS.value
+    sizes = (tokens, _SINK.value, _WINDOW.value, _START.value, _COPIES.value)
+    record = head_mass.calibrate(model, _TEXT.value, *sizes)
     head_mass.write(record, _OUT.value)
     print(f"{_OUT.value}: scores of {len(record['scores'])} layers x {len(record['scores'][0])} KV heads")
 

@@ -184,7 +184,7 @@ def load(experiment):
     import lcx.models.loading
 
     model = lcx.models.loading.load(experiment.model, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
-    experiment.check_weights(model.config, model.sha256)
+    experiment.check_weights(model.config, model.sha256, lambda: model.tensors_sha256)
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from types import MappingProxyType
@@ -52,10 +52,10 @@ class Experiment:
     def load_aux(self, model: ModelConfig) -> Aux | None:
         return None if self.aux is None else self.aux.load(model)
 
-    def check_weights(self, model: ModelConfig, sha256: str) -> None:
-        """Raise UserError where the method's arrays were calibrated on other weights than these."""
+    def check_weights(self, model: ModelConfig, sha256: str, tensors: Callable[[], str] | None = None) -> None:
+        """Raise UserError where the method's arrays were calibrated on other weights than these; arguments of `AuxSource.check_weights`."""
         if self.aux is not None:
-            self.aux.check_weights(model, sha256)
+            self.aux.check_weights(model, sha256, tensors)
 
     def with_chunks(self, size: int) -> Experiment:
         """Return the experiment with the prompt read in chunks of `size` tokens."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from naive_model import NaiveModel
+from pretrained_support import hf_json, hf_weights, small_config, write_gguf, write_hf
 from tiny import ATOL, TINY, layers, text, weights
 from tiny import quick_compilation as quick_compilation
 
@@ -24,7 +25,10 @@ from lcx.codecs.exact import Cast
 from lcx.codecs.int_token import Int
 from lcx.errors import UserError
 from lcx.model_config import ModelConfig
+from lcx.models.decoder import Layers, Model
+from lcx.models.loading import tensors_sha256
 from lcx.policies.duo import duo
+from lcx.pretrained.checkpoints import load_gguf, load_hf
 from lcx.recipe import Recipe
 from lcx.schedules.chunked import Chunked
 from lcx.session import Session
@@ -85,12 +89,12 @@ def test_number_of_streaming_heads_is_that_of_the_quantile(fraction, count):
     assert [(i, k) for i, heads in enumerate(tied) for k in heads] == [divmod(n, 3) for n in range(count)]
 
 
-def far_mass_oracle(config, tokens):
+def far_mass_oracle(config, tokens, first=SINK + WINDOW):
     naive = NaiveModel(config, weights(config, 3))
     naive.step(tokens)
     distance = np.arange(len(tokens))[:, None] - np.arange(len(tokens))
     far = (distance >= WINDOW) & (np.arange(len(tokens)) >= SINK)
-    share = [[(held.prob * far).sum(-1)[:, SINK + WINDOW :].mean() for held in heads] for heads in naive.held]
+    share = [[(held.prob * far).sum(-1)[:, first:].mean() for held in heads] for heads in naive.held]
     return np.array(share)
 
 
@@ -100,6 +104,17 @@ def test_far_mass_equals_numpy_decoder(config, chunk):
     found = head_mass.far_mass(layers(config, 3), tokens, SINK, WINDOW, chunk)
     # f32 through 3 layers, shares up to 0.8
     np.testing.assert_allclose(found, far_mass_oracle(config, tokens), atol=2e-5)
+
+
+def test_far_mass_of_the_queries_of_a_second_copy():
+    passage = text(18, 1)
+    tokens = np.concatenate([passage, passage])
+    got = head_mass.far_mass(layers(MODEL, 3), tokens, SINK, WINDOW, 16, first=18)
+    np.testing.assert_allclose(got, far_mass_oracle(MODEL, tokens, 18), atol=2e-5)
+    assert np.abs(got - far_mass_oracle(MODEL, tokens)).max() > 1e-3
+    for first in (SINK + WINDOW - 1, 36):
+        with pytest.raises(UserError, match=rf"first={first} must be from sink \+ window = 7 to 35"):
+            head_mass.far_mass(layers(MODEL, 3), tokens, SINK, WINDOW, first=first)
 
 
 def test_far_mass_refuses_a_text_without_far_tokens():
@@ -232,7 +247,7 @@ def test_shipped_split_is_a_measurement_of_this_model_and_text():
     streams = streaming_of(HeadSplit(0.5).load(SMOLLM2))
     mask = np.array([[head in heads for head in range(3)] for heads in streams])
     assert mask.sum() == 45 and scores[mask].max() <= scores[~mask].min()
-    assert set(mask.sum(1)) == {0, 1, 2, 3}
+    assert record["method"] == head_mass.REPEATED and record["copies"] == 2
 
 
 def test_written_record_comes_back(tmp_path):
@@ -251,11 +266,59 @@ def refusal(split, model=SMOLLM2):
 
 
 def test_other_models_are_refused(tmp_path):
-    missing = refusal(HeadSplit(), replace(SMOLLM2, name="Smollm2 360M"))
+    missing = refusal(HeadSplit(), replace(SMOLLM2, name="Smollm2 360M", d_model=960))
     assert re.match(r"HeadSplit: model='Smollm2 360M' .* 'Smollm2 135M 8k .*experiments.calibrate", missing)
-    assert "is for sizes" in refusal(HeadSplit(), replace(SMOLLM2, num_layers=31))
+    assert "has no head split" in refusal(HeadSplit(), replace(SMOLLM2, num_layers=31))
+    assert "is for sizes" in refusal(HeadSplit(file=str(SHIPPED)), replace(SMOLLM2, num_layers=31))
     # a file that the user names is for whatever model has its sizes
     assert len(HeadSplit(file=str(SHIPPED)).load(replace(SMOLLM2, name="my-tune"))) == 30
+
+
+def test_the_same_weights_get_the_shipped_split_under_any_name():
+    """Sizes choose the split; the sha256 of the tensors says that it is theirs, whatever the file or the name."""
+    folder, record = replace(SMOLLM2, name="LlamaForCausalLM"), json.loads(SHIPPED.read_text(encoding="utf-8"))
+    assert streaming_of(HeadSplit().load(folder)) == streaming_of(HeadSplit().load(SMOLLM2))
+    asked = []
+    known = lambda digest: lambda: asked.append(digest) or digest
+    for digest in record["tensors_sha256"].values():
+        HeadSplit().check_weights(folder, "a folder", known(digest))
+    assert asked == list(record["tensors_sha256"].values())
+    # the file itself needs no second look
+    HeadSplit().check_weights(SMOLLM2, record["model_sha256"], known("x"))
+    assert len(asked) == 2
+    for tensors in (None, known("x")):
+        with pytest.raises(
+            UserError, match="'LlamaForCausalLM' is of other weights, 'smollm2-135m'; make one"
+        ) as caught:
+            HeadSplit().check_weights(folder, "a folder", tensors)
+        assert "\n" not in str(caught.value)
+    HeadSplit(file=str(SHIPPED)).check_weights(folder, "a folder", known("x"))
+
+
+def test_files_with_the_first_four_sizes_are_read(tmp_path):
+    record = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    record["sizes"] = {n: record["sizes"][n] for n in ("num_layers", "num_heads", "num_kv_heads", "head_dim")}
+    head_mass.write(record, tmp_path / "old.json")
+    assert len(HeadSplit(file=str(tmp_path / "old.json")).load(SMOLLM2)) == 30
+
+
+def test_tensors_have_one_sha256_in_every_type_that_holds_their_values():
+    wide, half = layers(MODEL, 3), layers(MODEL, 3, "bfloat16")
+    digests = {tensors_sha256(wide), tensors_sha256(half), tensors_sha256(layers(MODEL, 4))}
+    assert len(digests) == 3
+    assert tensors_sha256(wide, "float32") == tensors_sha256(wide)
+    assert tensors_sha256(wide, "bfloat16") == tensors_sha256(half) == tensors_sha256(half, "float32")
+
+
+def test_a_gguf_file_and_a_folder_of_the_same_weights_have_one_sha256(tmp_path, monkeypatch):
+    monkeypatch.setenv("LCX_CACHE", str(tmp_path / "cache"))
+    config = small_config("llama")
+    stored = hf_weights(config)
+    gguf, arrays, *_, file_sha256 = load_gguf(write_gguf(tmp_path / "a.gguf", "llama", config, stored))
+    folder, *rest = load_hf(write_hf(tmp_path / "a", hf_json("llama", config), stored, shards=2))
+    assert rest[1] != file_sha256
+    digests = [tensors_sha256(Layers.of(Model(c, a))) for c, a in ((gguf, arrays), (folder, rest[0]))]
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize(

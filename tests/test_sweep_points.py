@@ -84,7 +84,7 @@ def test_bytes_of_a_row_are_those_of_the_arrays(rows):
         for phase in ("prefill", "decode"):
             parts = {kind: row[f"{phase}_{kind}_bytes"] for kind in ("argument", "output", "temp", "alias")}
             assert row[f"{phase}_peak_bytes"] == sum(parts.values()) - 2 * parts["alias"]
-    assert max(len(r["segment_bytes"]) for r in rows) == 2, "KIVI's tail and pages"
+    assert max(len(r["segment_bytes"]) for r in rows) == 3, "KIVI's tail, its recent page and pages"
 
 
 @pytest.mark.parametrize("chunk", [None, 48])
@@ -116,10 +116,10 @@ def test_ratios_are_against_the_dense_row_of_the_same_cell(rows):
         assert row["decode_over_dense"] == row["decode_s"] / turns
         assert row["prompt_nll_minus_dense"] == row["prompt_nll"] - of["prompt_nll"]
         assert row["nll_minus_dense_se"] == max(row["se_tokens"], row["se_passages"])
-        # KIVI's exact tail still holds all of the prompt
-        assert (row["kl"] > 1e-6) == (row["method"] in ("sink_window", "snapkv"))
+        # of 192 tokens KIVI has quantised 128 keys and 64 values
+        assert (row["kl"] > 1e-6) == (row["method"] != "dense")
         assert (row["acts_in_decode"] == "no") == (row["method"] in ("dense", "snapkv"))
-        assert (row["notes"] != []) == (row["method"] == "kivi2")
+        assert not [note for note in row["notes"] if "nothing" in note or "held no" in note]
     # times of two machines are not divided
     elsewhere = ratios({**rows[1], "host": "far", "dense_decode_s": None}, rows[0])
     assert elsewhere["decode_over_dense"] is None and elsewhere["cache_over_dense"] is not None

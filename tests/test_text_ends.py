@@ -88,9 +88,14 @@ def test_passages_of_every_seed_begin_with_bos(seed):
 
 def test_calibration_reads_bos(model, monkeypatch):
     seen = []
-    monkeypatch.setattr(head_mass, "far_mass", lambda layers, ids, *_: seen.append(ids) or np.zeros((1, 2)))
-    head_mass.calibrate(model, "pride_and_prejudice", 100, 4, 16)
-    assert seen == [model.tokenizer.text_ids(texts.read("pride_and_prejudice"))[:100]]
+    far_mass = lambda layers, ids, *_, first: seen.append((ids, first)) or np.zeros((1, 2))
+    monkeypatch.setattr(head_mass, "far_mass", far_mass)
+    ids, front = model.tokenizer.encode(texts.read("pride_and_prejudice")), model.tokenizer.front
+    head_mass.calibrate(model, "pride_and_prejudice", 100, 4, 16, copies=1)
+    head_mass.calibrate(model, "pride_and_prejudice", 100, 4, 16, start=50, copies=3)
+    passage = ids[50 : 150 - len(front)]
+    # the second copy begins at position 100
+    assert seen == [([*front, *ids][:100], None), ([*front, *passage, *passage, *passage], 100)]
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx import checks, texts
+from lcx.artefacts.head_split import sizes_of
 from lcx.axes import KeepAll
 from lcx.errors import NotFinite, UserError
 from lcx.measure.finite import first_not_finite
 from lcx.models.decoder import Layers, Model
-from lcx.models.loading import Pretrained
+from lcx.models.loading import Pretrained, tensors_sha256
 from lcx.ops.attention import merge
 from lcx.ops.masks import Far, both
 from lcx.policies.sink_window import SinkWindow
@@ -23,10 +24,12 @@ from lcx.recipe import Recipe, Segment
 from lcx.schedules.chunked import Chunked
 from lcx.session import Session
 
-METHOD = (
-    "share of the attention that falls outside the first `sink` and the last `window` tokens, mean over the queries "
-    "from position sink + window on and over the query heads of the GQA group; stands in for trained gates"
+_SHARE = (
+    "share of the attention that falls outside the first `sink` and the last `window` tokens, mean over the query heads of the "
+    "GQA group"
 )
+METHOD = f"{_SHARE} and over the queries from position sink + window on; stands in for trained gates"
+REPEATED = f"{_SHARE} and over the queries of the later copies of a repeated passage; stands in for trained gates"
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,19 @@ class FarMass(KeepAll):
         return slots, replace(edit, tokens=replace(new, state={"far": share.mean(2)})), handed
 
 
-def far_mass(model: Model | Layers, tokens, sink: int, window: int, chunk: int = 512) -> np.ndarray:
+def far_mass(
+    model: Model | Layers, tokens, sink: int, window: int, chunk: int = 512, first: int | None = None
+) -> np.ndarray:
     """Share of the attention that falls outside sink + window, for every KV head.
 
-    Mean over the query heads of the group and over the queries from position `sink + window` on; those before have
-    nothing outside.
+    Mean over the query heads of the group and over the queries from position `first` on.
 
     Args:
       model: attends densely.
       tokens: int [T], T above sink + window.
       sink, window: as in `SinkWindow`.
       chunk: tokens a step; memory, not the result, depends on it.
+      first: position of the first query that counts; None: sink + window, as those before have nothing outside.
 
     Returns:
       float32 [L,K], 0 to 1.
@@ -71,9 +76,12 @@ def far_mass(model: Model | Layers, tokens, sink: int, window: int, chunk: int =
     Raises:
       UserError: a size out of range, or a text that is too short; NotFinite: logits that are not finite, with layer and step.
     """
-    first = SinkWindow(sink, window).budget
-    if len(tokens) <= first:
-        raise UserError(f"tokens={len(tokens)} must be above sink + window = {first}: nothing lies outside")
+    near = SinkWindow(sink, window).budget
+    first = near if first is None else first
+    if len(tokens) <= near:
+        raise UserError(f"tokens={len(tokens)} must be above sink + window = {near}: nothing lies outside")
+    if not near <= first < len(tokens):
+        raise UserError(f"first={first} must be from sink + window = {near} to {len(tokens) - 1}, the last token")
     recipe = Recipe((Segment(policy=FarMass(sink, window)),))
     session = Session(model, recipe, len(tokens), schedule=Chunked(min(chunk, len(tokens))), check_finite=False)
     if not np.isfinite(np.asarray(session.prefill(tokens))).all():
@@ -88,35 +96,52 @@ def far_mass(model: Model | Layers, tokens, sink: int, window: int, chunk: int =
     return np.stack(shares)
 
 
-def calibrate(model: Pretrained, text: str, tokens: int, sink: int, window: int) -> dict[str, Any]:
+def calibrate(
+    model: Pretrained, text: str, tokens: int, sink: int, window: int, start: int = 0, copies: int = 2
+) -> dict[str, Any]:
     """Return the scores of a model's KV heads on a shipped text with their origin: the record that `HeadSplit` reads.
+
+    A passage is read `copies` times in a row, and the queries of the later copies count: a retrieval head looks back at the copy before.
+    On plain text, copies=1, most far attention does not retrieve, and the heads with much of it copy no better than random ones.
 
     Args:
       model: attends densely.
       text: a name of `lcx.texts`.
-      tokens: tokens of it that are read, from its beginning, bos in front included where the model has it.
+      tokens: tokens of the passage, bos in front included where the model has it.
       sink, window: as in `SinkWindow`.
+      start: token of the text at which the passage begins.
+      copies: times that the passage is read, >= 1.
 
     Raises:
       UserError: no such text, a number out of range, or fewer tokens in the text or in the model's context.
     """
-    config = model.config
-    ids = model.tokenizer.text_ids(texts.read(text))
-    most = min(len(ids), config.context)
+    config, front = model.config, model.tokenizer.front
+    start, copies = checks.whole("start", start, 0), checks.whole("copies", copies, 1)
+    ids = model.tokenizer.encode(texts.read(text))[start:]
+    most = min(len(ids), (config.context - len(front)) // copies) + len(front)
     if checks.whole("tokens", tokens, 1) > most:
-        raise UserError(f"tokens={tokens}; text {text!r} and the context of {model.name} allow 1 to {most}")
-    scores = far_mass(model.layers, ids[:tokens], sink, window)
-    flags = {"model": model.name, "text": text, "tokens": tokens, "sink": sink, "window": window}
+        raise UserError(
+            f"tokens={tokens}, start={start}, copies={copies}; text {text!r} and the context of {model.name} allow tokens from 1 to {most}"
+        )
+    if tokens <= (near := SinkWindow(sink, window).budget):
+        raise UserError(f"tokens={tokens} must be above sink + window = {near}: nothing lies outside")
+    passage = ids[: tokens - len(front)]
+    scores = far_mass(model.layers, [*front, *passage * copies], sink, window, first=tokens if copies > 1 else None)
+    flags = {"model": model.name, "text": text, "tokens": tokens, "start": start, "copies": copies}
+    flags |= {"sink": sink, "window": window}
     return {
         "model": model.name,
         "config_name": config.name,
-        "sizes": {n: getattr(config, n) for n in ("num_layers", "num_heads", "num_kv_heads", "head_dim")},
+        "sizes": sizes_of(config),
         "model_sha256": model.sha256,
-        "method": METHOD,
+        "tensors_sha256": {dtype: tensors_sha256(model.layers, dtype) for dtype in ("float32", "bfloat16")},
+        "method": METHOD if copies == 1 else REPEATED,
         "paper": "https://arxiv.org/abs/2410.10819",
         "text": text,
         "text_sha256": texts.TEXTS[text].sha256,
         "tokens": tokens,
+        "start": start,
+        "copies": copies,
         "sink": sink,
         "window": window,
         "command": " ".join(["python -m experiments.calibrate", *(f"--{n}={v}" for n, v in flags.items())]),

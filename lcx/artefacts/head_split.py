@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 
 from lcx.artefacts.source import AuxSource
 from lcx.axes import Aux
-from lcx.errors import UserError, nearest
+from lcx.errors import UserError
 from lcx.model_config import ModelConfig
 
 FOLDER = Path(__file__).parent / "head_splits"
+AGAIN = "make one: python -m experiments.calibrate --model=MODEL --out=FILE, then HeadSplit(file=FILE)"
+SIZES = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size")
 
 
 def split_by_score(scores, streaming: float) -> Aux:
@@ -38,13 +41,14 @@ def split_by_score(scores, streaming: float) -> Aux:
 class HeadSplit(AuxSource):
     """Retrieval heads by scores that were measured once per model.
 
-    The splits that lcx ships are found by the model's own name, `ModelConfig.name`.  They rank by attention mass on plain
-    text (`lcx.artefacts.head_mass`), not by the paper's trained gates: SmolLM2 at 0.5 keeps its likelihood (NLL + 0.03 a
-    token over 2,048), but copies a passage of 1,024 tokens ago no better than with random heads.
+    The splits that lcx ships are found by the model's sizes, and `check_weights` compares the sha256 of the tensors: the same weights get
+    the same split from a GGUF file and from a folder.  They rank by the attention that the second copy of a repeated passage gives to
+    far tokens (`lcx.artefacts.head_mass`), which stands in for the paper's trained gates; mass on plain text finds heads that copy no
+    better than random ones.
 
     Args:
       streaming: fraction of all KV heads of the model that stream, 0 to 1; the paper has 0.5 with GQA, 0.75 without.
-      file: a JSON file that experiments/calibrate.py wrote; None: the one that lcx ships for this model.
+      file: a JSON file that experiments/calibrate.py wrote, for whatever model has its sizes; None: the one that lcx ships for this model.
     """
 
     streaming: float = 0.5
@@ -58,6 +62,19 @@ class HeadSplit(AuxSource):
         path = _shipped(model) if self.file is None else Path(self.file)
         return split_by_score(_scores(path, _read(path), model), self.streaming)
 
+    def check_weights(self, model: ModelConfig, sha256: str, tensors: Callable[[], str] | None = None) -> None:
+        if self.file is not None:
+            # who names a file may give the split of a model to what was tuned from it
+            return
+        record = _read(_shipped(model))
+        if sha256 == record.get("model_sha256"):
+            return
+        known = record.get("tensors_sha256")
+        if tensors is None or not isinstance(known, dict) or tensors() not in known.values():
+            raise UserError(
+                f"HeadSplit: the split for the sizes of model {model.name!r} is of other weights, {record.get('model')!r}; {AGAIN}"
+            )
+
     def stand_in(self, model: ModelConfig) -> tuple[Aux, str]:
         """Return a split of the right sizes, for the memory of models that have none: the streaming heads spread evenly over the layers."""
         if self.file is not None:
@@ -68,14 +85,19 @@ class HeadSplit(AuxSource):
 
 
 def _shipped(model: ModelConfig) -> Path:
-    names = {str(_read(path).get("config_name")): path for path in sorted(FOLDER.glob("*.json"))}
-    if model.name not in names:
-        raise UserError(
-            f"HeadSplit: model={model.name!r} has no head split; there are {', '.join(map(repr, names))}"
-            f"{nearest(model.name, names)} ; make one: python -m experiments.calibrate --model=MODEL --out=FILE, "
-            "then HeadSplit(file=FILE)"
-        )
-    return names[model.name]
+    """Return the shipped file for a model of these sizes; of several that of the model's own name."""
+    records = {path: _read(path) for path in sorted(FOLDER.glob("*.json"))}
+    fit = [path for path, record in records.items() if record.get("sizes") == sizes_of(model)]
+    named = [path for path in fit if records[path].get("config_name") == model.name]
+    if not fit:
+        names = ", ".join(repr(record.get("config_name")) for record in records.values())
+        raise UserError(f"HeadSplit: model={model.name!r} has no head split; there are those of {names}; {AGAIN}")
+    return (named or fit)[0]
+
+
+def sizes_of(model: ModelConfig, names: Iterable[str] = SIZES) -> dict[str, int]:
+    """Return the sizes that a split is for."""
+    return {name: getattr(model, name) for name in names}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -93,7 +115,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _scores(path: Path, record: dict[str, Any], model: ModelConfig) -> np.ndarray:
     """Return the scores, float64 [L,K], checked against the model's sizes."""
     sizes = record.get("sizes")
-    wanted = {n: getattr(model, n) for n in ("num_layers", "num_heads", "num_kv_heads", "head_dim")}
+    # files that were written before all of SIZES were recorded have the first four
+    wanted = sizes_of(model, SIZES if isinstance(sizes, dict) and set(SIZES) <= sizes.keys() else SIZES[:4])
     if sizes != wanted:
         raise UserError(f"HeadSplit: file={str(path)!r} is for sizes {sizes}; model {model.name!r} has {wanted}")
     try:

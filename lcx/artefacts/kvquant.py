@@ -8,6 +8,7 @@ code leaves the range out).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -308,7 +309,7 @@ class KVQuantTables(AuxSource):
         store.check_model(artefact, model)
         return self._aux(_checked(artefact, model), model.num_layers)
 
-    def check_weights(self, model: ModelConfig, sha256: str) -> None:
+    def check_weights(self, model: ModelConfig, sha256: str, tensors: Callable[[], str] | None = None) -> None:
         store.check_model(self._read(model), model, sha256)
 
     def stand_in(self, model: ModelConfig) -> tuple[Aux, str]:

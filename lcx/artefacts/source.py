@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from lcx.axes import Aux
@@ -19,6 +20,13 @@ class AuxSource(Protocol):
         """Return arrays of the right shapes for a model that has none, with a note about it: a plan of memory needs them."""
         ...
 
-    def check_weights(self, model: ModelConfig, sha256: str) -> None:
-        """Raise UserError where the arrays belong to other weights than those with this sha256.  The base knows of none."""
+    def check_weights(self, model: ModelConfig, sha256: str, tensors: Callable[[], str] | None = None) -> None:
+        """Raise UserError where the arrays belong to other weights than these.  The base knows of none.
+
+        Args:
+          model: its sizes.
+          sha256: of the file or folder that the weights were read from.
+          tensors: returns the sha256 of their values (`lcx.models.loading.tensors_sha256`), by which the same weights are known in
+            another file; None where it is not at hand.
+        """
         return None

@@ -196,9 +196,9 @@ def chain(
     """Return KIVI's segments: the newest tokens, exact, and the pages that leave them.
 
     With T tokens in the cache rule="authors" keeps the T % residual newest keys and the `residual` newest values exact, as the paper
-    (section 3.2, algorithm 1) and the authors' code do: keys are quantised `residual` at a time, values one by one.  Three segments: "tail",
-    exact; "recent", the last whole page, keys quantised, values exact until they are old; "pages".  A step of several tokens
-    reads what was held before it, and quantises afterwards.
+        (section 3.2, algorithm 1) and the authors' code do: keys are quantised `residual` at a time, values one by one.  Segments: "tail",
+    exact; "recent", the last whole page, keys quantised, values exact until they are old enough; "pages".  A step of several tokens
+        reads what was held before it, and quantises afterwards.
 
     rule="together": keys and values leave together, `residual` tokens at a time, once 2 * residual are there, so that residual ...
     2 * residual - 1 of both are exact, more than the paper's.  Two segments: "tail" and "pages".

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,11 @@ class Pretrained:
     def config(self) -> ModelConfig:
         return self.layers.config
 
+    @cached_property
+    def tensors_sha256(self) -> str:
+        """sha256 of the weights' values, see `tensors_sha256`; worked out when it is first asked for, about a second for 10^9 bytes."""
+        return tensors_sha256(self.layers)
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a text."""
@@ -50,6 +57,24 @@ class Pretrained:
                 f"length={tokens} tokens is beyond the context of {self.name}, {self.config.context}; "
                 "shorten it, or pass --allow_extrapolation"
             )
+
+
+def tensors_sha256(layers: Layers, dtype: str | None = None) -> str:
+    """Return the sha256 of a model's tensors: their shapes, and their values as float32, in lcx's own layout.
+
+    Files that hold the same numbers have the same one, whatever their format, their names and the type that the numbers are stored in.
+
+    Args:
+      layers: the model.
+      dtype: type that the values are rounded to before; None: none.  A model that is loaded in bfloat16 is another than in float32.
+    """
+    digest = hashlib.sha256()
+    top = [layers.embed, layers.norm] + ([] if layers.config.tied else [layers.head])
+    for leaf in [*top, *(x for _, state in layers.layers for x in jax.tree.leaves(state))]:
+        values = np.asarray(leaf if dtype is None else leaf.astype(dtype)).astype("<f4")
+        digest.update(f"{values.shape}\n".encode())
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()
 
 
 def load(name: str, dtype: str = "float32", accept_licence: bool = False) -> Pretrained:

@@ -125,8 +125,8 @@ def notes(rows: Sequence[Row]) -> str:
         "well above both errors ranks them.  decode: the continuation token by token, as in generation; prompt: in one step, in "
         "which nothing is evicted; far tokens: those that dense attention predicts only with more than the nearest tokens.",
         f"Times measured on {devices}: TTFT is the median of {row['ttft_n']} prefills after {row['warmups']} untimed, compiled ahead; "
-        f"decode the median of {row['decode_n']} steps, dense's in turns with the method's.  cache: device bytes of all arrays, room for the new "
-        "tokens included.  peak: weights + caches + XLA's scratch, predicted by the compiled programs; RSS: peak of the "
+        f"decode the median of {row['decode_n']} steps, dense's in turns with the method's.  cache: device bytes of all arrays, room for "
+        "the new tokens included.  peak: weights + caches + XLA's scratch, predicted by the compiled programs; RSS: peak of the "
         f"{'row' if row['peak_rss_of'] == 'point' else 'whole process'}.",
     ]
     remarks = dict.fromkeys(

@@ -115,7 +115,7 @@ class Bench:
     def measure(self, point: Point, reference: Point | None = None) -> Row:
         """Measure a point as `row` does, but raise what goes wrong."""
         layers, settings = self.model.layers, point.settings
-        point.experiment.check_weights(self.model.config, self.model.sha256)
+        point.experiment.check_weights(self.model.config, self.model.sha256, lambda: self.model.tensors_sha256)
         ids = self.passages(point)
         reset = memory.reset_peak_rss()
         ready = self._ready(point)
