@@ -35,7 +35,7 @@ PLAIN = ["dense", "int4", "snapkv", "a_shape"]
 BY_STEP = {
     "h2o": "H2O of 'all' decides after every step",
     "tova": "TOVA of 'all' decides after every step",
-    "kivi": "Flush of 'tail' decides after every step",
+    "kivi": "Remainder of 'tail' decides after every step",
     "quest": "Quest reads a step's own tokens in another way than those before it",
 }
 PROMPT, NEW = np.tile(text(8, 3), 3), 16
