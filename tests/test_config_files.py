@@ -177,7 +177,7 @@ def test_a_wrong_name_says_which_is_meant(name, meant):
 def test_every_command_takes_a_name(command, words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     code, _, err = run_command(monkeypatch, capsys, command, *words)
-    assert code == 2 and "budget=9 must be an integer of at least 64" in err
+    assert code == 2 and "budget=9 must be an integer of at least 32" in err
 
 
 def test_the_dense_config_by_name_is_one_point_of_a_sweep(monkeypatch, capsys):

@@ -119,7 +119,9 @@ def test_ratios_are_against_the_dense_row_of_the_same_cell(rows):
         # of 192 tokens KIVI has quantised 128 keys and 64 values
         assert (row["kl"] > 1e-6) == (row["method"] != "dense")
         assert (row["acts_in_decode"] == "no") == (row["method"] in ("dense", "snapkv"))
-        assert not [note for note in row["notes"] if "nothing" in note or "held no" in note]
+        # the newest whole page is exact in values: none has fallen into the last segment yet
+        empty = ["segment 'pages' held no token"] if row["method"] == "kivi2" else []
+        assert [note for note in row["notes"] if "nothing" in note or "held no" in note] == empty
     # times of two machines are not divided
     elsewhere = ratios({**rows[1], "host": "far", "dense_decode_s": None}, rows[0])
     assert elsewhere["decode_over_dense"] is None and elsewhere["cache_over_dense"] is not None
