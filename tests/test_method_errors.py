@@ -54,7 +54,7 @@ def write(folder, module):
 def test_a_row_ends_with_the_place_and_stderr_has_the_traceback(tmp_path, monkeypatch, capfd):
     line = write(tmp_path, "broken_row")
     monkeypatch.syspath_prepend(tmp_path)
-    (point,), _ = resolved((str(tmp_path / "mine.py"),), (40,), keep_ratios=(None,))
+    (point,), _ = resolved((str(tmp_path / "mine.py"),), (40,), keep_ratios=())
     row = Bench(pretrained()).row(point)
     assert row["status"] == "error"
     assert row["message"].startswith("TypeError: ") and row["message"].endswith(f"broken_row.py:{line})")
