@@ -8,6 +8,7 @@ length, with its status.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from lcx.errors import UserError, nearest
 from lcx.report import axes
@@ -279,9 +281,11 @@ def _bars(ax: Axes, rows: Rows, looks, name: str, low: str, high: str) -> None:
             range(len(spots)), heights, axes.bars(list(spots.values())), fmt="none", ecolor=INK, elinewidth=1, zorder=4
         )
     ax.set_xticks(range(len(spots)), [plot_text(m, 16) for m in spots], rotation=35, ha="right", rotation_mode="anchor")
-    ax.yaxis.set_major_formatter(
-        lambda value, _: (axes.bytes_text if name.endswith("_bytes") else axes.seconds_text)(value) if value else "0"
-    )
+    in_bytes, top = name.endswith("_bytes"), max(s.high for s in spots.values())
+    unit = 1024.0 ** math.floor(math.log(top, 1024)) if in_bytes else 1.0
+    places = [p * unit for p in MaxNLocator(6).tick_values(0, top / unit) if p * unit <= 1.1 * top]
+    text = axes.bytes_text if in_bytes else axes.seconds_text
+    ax.set_yticks(places, [text(p) if p else "0" for p in places])
     ax.grid(False, axis="x")
     ax.set_xlabel(f"{next(iter(spots.values())).length:,} tokens")
 
