@@ -179,11 +179,16 @@ def check_model_free(experiment) -> None:
         with_budget(experiment, 1 << 20)
 
 
-def load(experiment):
-    """Load the model of a config."""
+def load_model(name: str):
+    """Load a model by its name, file, folder or hub id."""
     import lcx.models.loading
 
-    model = lcx.models.loading.load(experiment.model, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
+    return lcx.models.loading.load(name, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
+
+
+def load(experiment):
+    """Load the model of a config."""
+    model = load_model(experiment.model)
     experiment.check_weights(model.config, model.sha256, lambda: model.tensors_sha256)
     return model
 

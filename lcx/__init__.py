@@ -22,6 +22,7 @@ _HOME = {
     "Recipe": "lcx.recipe",
     "Segment": "lcx.segments",
     "Session": "lcx.session",
+    "ask": "lcx.questions",
     "generate": "lcx.greedy",
     "score_text": "lcx.measure.quality",
     "score_continuation": "lcx.measure.quality",
@@ -38,6 +39,7 @@ __all__ = [
     "UserError",
     "Variant",
     "__version__",
+    "ask",
     "generate",
     "load",
     "load_config",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from lcx.greedy import generate
     from lcx.measure.quality import score_continuation, score_text
     from lcx.models.loading import Pretrained, load
+    from lcx.questions import ask
     from lcx.recipe import Recipe
     from lcx.segments import Segment
     from lcx.session import Session
