@@ -12,8 +12,11 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from experiments import flag_help
 from lcx.errors import UserError
 from lcx.text import visible
+
+HELP = {"--help", "-help", "-h", "--h", "-?"}
 
 _changes: dict[str, str] = {}
 _arguments: list[str] = []
@@ -121,6 +124,9 @@ def _parse(name: str, argv: Sequence[str]) -> list[str]:
             _changes[key] = value
         else:
             rest.append(arg)
+    if HELP & set(argv[1:]):
+        print(flag_help.text(name))
+        sys.exit(0)
     # absl prints its whole help for a wrong flag and exits with 1
     try:
         words = flags.FLAGS(rest)

@@ -27,6 +27,8 @@ _HOME = {
     "score_text": "lcx.measure.quality",
     "score_continuation": "lcx.measure.quality",
     "run_methods": "lcx.sweep.runner",
+    "check": "lcx.conformance.run",
+    "look": "lcx.measure.kept",
     "UserError": "lcx.errors",
 }
 __all__ = [
@@ -40,9 +42,11 @@ __all__ = [
     "Variant",
     "__version__",
     "ask",
+    "check",
     "generate",
     "load",
     "load_config",
+    "look",
     "run_methods",
     "score_continuation",
     "score_text",
@@ -50,9 +54,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lcx.config_files import load_config
+    from lcx.conformance.run import check
     from lcx.errors import UserError
     from lcx.experiment import Experiment, Sweep, Variant
     from lcx.greedy import generate
+    from lcx.measure.kept import look
     from lcx.measure.quality import score_continuation, score_text
     from lcx.models.loading import Pretrained, load
     from lcx.questions import ask
@@ -60,6 +66,11 @@ if TYPE_CHECKING:
     from lcx.segments import Segment
     from lcx.session import Session
     from lcx.sweep.runner import run_methods
+
+
+def __dir__() -> list[str]:
+    # what a notebook completes after `lcx.`: the public names, though submodules that were imported are attributes too
+    return list(__all__)
 
 
 def __getattr__(name: str):

@@ -10,7 +10,7 @@ from einops import rearrange
 
 from lcx.axes import Array, Codec
 from lcx.cache import Leaf, Size
-from lcx.codecs.outliers import extremes, half, marked, num_outliers, outlier_leaves, put, value_range
+from lcx.codecs.outliers import extremes, half, index_type, marked, num_outliers, outlier_leaves, put, value_range
 from lcx.codecs.packing import codes_per_byte, pack, unpack
 from lcx.errors import UserError
 from lcx.policies.first import First
@@ -114,7 +114,7 @@ class KVQuant(Codec):
             used = jnp.where(jnp.abs(jnp.take_along_axis(x, k_at, -1)) > 1, k_at, k.shape[-1])
             for name, whole, at, stored in (("k", k, k_at, used), ("v", v, v_at, v_at)):
                 payload[name + "_out"] = half(jnp.take_along_axis(whole, at, -1))[:, None]
-                payload[name + "_at"] = stored[:, None]
+                payload[name + "_at"] = stored[:, None].astype(index_type(k.shape[-1]))
         return payload
 
     def decode(self, ctx, payload, pick):

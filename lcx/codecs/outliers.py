@@ -27,11 +27,15 @@ def outlier_leaves(name: str, places: int, channels: int) -> dict[str, Leaf]:
     """Leaves for `places` entries a token, shared by the layer's rows: value and channel, none where there are no places."""
     if not places:
         return {}
-    index = jnp.uint8 if channels < 2**8 else jnp.uint16  # `channels` itself stands for an empty place
     return {
         name + "_out": Leaf(jnp.float16, after=(places,), rows=1),
-        name + "_at": Leaf(index, after=(places,), rows=1),
+        name + "_at": Leaf(index_type(channels), after=(places,), rows=1),
     }
+
+
+def index_type(channels: int):
+    """Return the type of a channel's number; `channels` itself stands for an empty place."""
+    return jnp.uint8 if channels < 2**8 else jnp.uint16
 
 
 def extremes(x: jax.Array, count: int) -> jax.Array:

@@ -183,6 +183,10 @@ class Layers:
     head: jax.Array
     layers: tuple[tuple[Any, Any], ...]
 
+    def __repr__(self) -> str:
+        # the arrays would be thousands of lines
+        return f"Layers({self.config.name!r}, {len(self.layers)} layers, {self.dtype})"
+
     @classmethod
     def of(cls, model: Model) -> Layers:
         config = model.config

@@ -12,9 +12,10 @@ import numpy as np
 
 from lcx.checks import kind
 from lcx.errors import UserError
-from lcx.model_config import ModelConfig
+from lcx.model_config import ModelConfig, num_params, weight_bytes
 from lcx.models.decoder import Layers, Model
 from lcx.pretrained import Tokenizer, load_arrays
+from lcx.text import visible
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,16 @@ class Pretrained:
     name: str
     sha256: str
     licence: str
+
+    def __repr__(self) -> str:
+        c, dtype = self.config, self.layers.dtype
+        return (
+            f"{type(self).__name__} {visible(self.name, 200)}, {visible(self.licence or 'no licence stated', 100)}\n"
+            f"  {num_params(c):,} weights in {dtype}, {weight_bytes(c, dtype):,} bytes; context {c.context:,} tokens\n"
+            f"  {c.num_layers} layers, {c.num_heads} query and {c.num_kv_heads} KV heads of {c.head_dim} channels\n"
+            f"  d_model {c.d_model:,}, MLP {c.d_ff:,}, vocabulary {c.vocab_size:,}\n"
+            f"  sha256 {self.sha256}"
+        )
 
     @property
     def config(self) -> ModelConfig:
