@@ -229,7 +229,7 @@ WRONG = [
     (
         "generate",
         ("--prompt=a", "--config=configs/snapkv.py", "--budget=9"),
-        "budget=9 must be an integer of at least 64",
+        "budget=9 must be an integer of at least 32",
     ),
     ("score", SCORE, "config: missing"),
     ("score", ("--config=configs/dense.py", "--out=out.npz"), "text_file: missing"),
