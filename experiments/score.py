@@ -1,8 +1,9 @@
 """`python -m experiments.score --config=configs/X.py --text_file=F --out=F.npz`: negative log likelihood of a text under a method.
 
-Without --prompt_tokens: at every position of one pass, for methods that act in it: patterns, and what a chunked schedule evicts between
-steps.  With --prompt_tokens=N --continuation_tokens=M: the prompt is read under the recipe, then M tokens follow; nll[i] = -log p(token
-N + i + 1).  --protocol=decode feeds them token by token, as in generation; --protocol=prompt in one step, in which nothing is evicted.
+Without --prompt_tokens: at every position of one pass, for methods that act in it: patterns, and what a chunked
+schedule evicts between steps.  With --prompt_tokens=N --continuation_tokens=M: the prompt is read under the
+recipe, then M tokens follow; nll[i] = -log p(token N + i + 1).  --protocol=decode feeds them token by token, as in
+generation; --protocol=prompt in one step, in which nothing is evicted.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Recent(Flush):
     bits: int | None = 2
     group_size: int = 32
 
-    exact = "Never: values are rounded with age."
+    exact = "With bits=None, which rounds no value."
     small = {"page": 8, "keep": 8, "group_size": 8}
     ordered = True
 
