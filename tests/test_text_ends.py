@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
+from command_line import run_command
 from test_tokenizer import fields
 
-from experiments import score as score_command
+from experiments import cli
 from lcx import generate, texts
 from lcx.artefacts import head_mass
 from lcx.experiment import Experiment
@@ -102,14 +102,10 @@ def test_calibration_reads_bos(model, monkeypatch):
 def test_score_reads_bos_and_no_byte_order_mark(model, monkeypatch, capsys, tmp_path, mark):
     (tmp_path / "t.txt").write_bytes(mark + b"It is a truth\r\nuniversally")
     out = str(tmp_path / "o.npz")
-    if "text_file" not in flags.FLAGS:
-        score_command.define_flags()
-    flags.FLAGS(
-        ["score", "--config=configs/dense.py", f"--text_file={tmp_path / 't.txt'}", "--num_tokens=20", f"--out={out}"]
-    )
-    monkeypatch.setattr(score_command.cli, "load", lambda found: model)
-    score_command.main()
-    line = capsys.readouterr().out
+    monkeypatch.setattr(cli, "load", lambda found: model)
+    args = ("--config=configs/dense.py", f"--text_file={tmp_path / 't.txt'}", "--num_tokens=20", f"--out={out}")
+    code, line, err = run_command(monkeypatch, capsys, "score", *args)
+    assert code == 0, err
     want = model.tokenizer.text_ids("It is a truth\nuniversally")[:20]
     np.testing.assert_array_equal(np.load(out)["ids"], want)
     assert json.loads(line)["tokens"] == 19
