@@ -81,7 +81,7 @@ def follow(recipe, bits):
                 yield value, np.stack([h.value for h in heads])
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_authors_rule_equals_the_oracle_after_every_step(bits):
     for got, want in follow(Recipe((chain(bits, GROUP, RESIDUAL),)), bits):
         np.testing.assert_allclose(got, want, atol=ATOL)
