@@ -209,6 +209,7 @@ def test_a_policy_that_reads_padding_is_found():
     assert line.status == "fail" and line.difference > 1e-3
 
 
+@pytest.mark.slow
 def test_a_policy_that_loses_a_token_is_found():
     line = result(policy(LosesOne()), "budgets")
     assert line.status == "fail" and "9 tokens are held, the capacity is 8" in line.why
@@ -241,6 +242,7 @@ def test_a_budget_above_the_prompt_is_made_smaller():
     assert subject.at("small").segments[0].policy.budget == 9
 
 
+@pytest.mark.slow
 def test_a_method_that_does_nothing_is_named_and_acts_on_a_longer_prompt():
     recipe = Recipe((Segment(compress=Wide()),))
     line = result(recipe, "acts")

@@ -139,8 +139,8 @@ class Subject:
         return texts(self.prompt)
 
     def width(self, setting: str) -> int:
-        """Return the tokens of a step that reads short prompts, so that they need no program of their own."""
-        return self.prompt if self.at(setting).one_shot else min(self.chunk, self.prompt)
+        """Return the padded length of short prompts, at most 11 tokens: whole chunks, so that they need no program of their own."""
+        return self.prompt if self.at(setting).one_shot else min(max(self.chunk, CHUNK), self.prompt)
 
     def ragged(self, setting: str, dtype: str = "float32", poisoned: bool = False) -> tuple[np.ndarray, list, Session]:
         """Return `play` for two texts of different lengths, and the session."""
