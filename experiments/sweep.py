@@ -34,11 +34,19 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "protocol", "decode,prompt", "How continuations are fed: decode (token by token), prompt (one step), or both."
     )
+    flags.DEFINE_integer(
+        "continuation", None, "Tokens scored after each prompt; the default is the config's.", lower_bound=1
+    )
     flags.DEFINE_integer("passages", None, "Passages of each text; the default is the config's.", lower_bound=1)
     flags.DEFINE_integer("repeats", 3, "Timed prefills of a point, in turns with dense attention's.", lower_bound=1)
     flags.DEFINE_integer("warmups", 1, "Untimed prefills before them, and untimed decode steps.", lower_bound=0)
     flags.DEFINE_string(
-        "tasks", "", "Further quality figures: ppl, longppl, passkey, needle, ruler, with commas between."
+        "tasks",
+        "",
+        "Further quality figures: ppl, longppl, passkey, needle, ruler, and files that end in .jsonl, with commas between.",
+    )
+    flags.DEFINE_string(
+        "questions", "seen,unseen", "Whether tasks show the question while the prompt is compressed; both."
     )
     flags.DEFINE_integer("samples", 10, "Samples of each task.", lower_bound=1)
     flags.DEFINE_string("workdir", None, "Where rows go; the default is runs/NAME-HASH.")
@@ -71,7 +79,8 @@ def main() -> None:
     from lcx.experiment import Sweep
     from lcx.measure.protocols import PROTOCOLS
     from lcx.sweep.run import as_sweep
-    from lcx.sweep.settings import TASKS, Settings
+    from lcx.sweep.settings import Settings
+    from lcx.tasks.sample import QUESTIONS
 
     config = load_config(FLAGS.config, cli.changes())
     changes = {} if isinstance(config, Sweep) else {FLAGS.config: cli.changes()}
@@ -82,13 +91,14 @@ def main() -> None:
         sweep = replace(sweep, lengths=whole_numbers("lengths", FLAGS.lengths))
     repeats = FLAGS.repeats if FLAGS["repeats"].present or sweep.repeats is None else sweep.repeats
     settings = Settings(
-        continuation=sweep.continuation,
+        continuation=FLAGS.continuation or sweep.continuation,
         decode_steps=sweep.decode_steps,
         repeats=repeats,
         warmups=FLAGS.warmups,
         passages=FLAGS.passages or sweep.passages,
         protocols=words("protocol", FLAGS.protocol, PROTOCOLS),
-        tasks=words("tasks", FLAGS.tasks, TASKS),
+        tasks=tuple(part.strip() for part in FLAGS.tasks.split(",") if part.strip()),
+        questions=words("questions", FLAGS.questions, QUESTIONS),
         samples=FLAGS.samples,
         memory_limit=None if FLAGS.memory_limit is None else in_bytes("memory_limit", FLAGS.memory_limit),
         allow_extrapolation=FLAGS.allow_extrapolation,

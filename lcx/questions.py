@@ -16,8 +16,9 @@ from lcx.experiment import Experiment
 from lcx.measure.quality import make_session
 from lcx.models.loading import Pretrained
 from lcx.recipe import Recipe
+from lcx.tasks.local import QUESTION
 
-TEMPLATE = "\n\nQuestion: {question}\nAnswer:"
+TEMPLATE = QUESTION
 
 
 @dataclass(frozen=True)

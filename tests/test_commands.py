@@ -309,7 +309,7 @@ NEED_MODEL = [
     (
         "score",
         (*SCORE, "--config=configs/kivi2.py", "--config.recipe.segments.0.0.policy.page=100", "--num_tokens=9"),
-        "Kivi encodes pages of 32 tokens; put a segment before it in its chain that hands down whole pages",
+        "KiviKeys encodes pages of 32 tokens; put a segment before it in its chain that hands down whole pages",
     ),
     (
         "score",

@@ -10,6 +10,8 @@ no 256 steps for `decode`: one step whose tokens read each other as they will be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,21 +40,29 @@ def differ(session: Session) -> bool:
     return decides(session) is not None or not plain
 
 
+def peeked(session: Session, names: Sequence[str]) -> str | None:
+    """Return the protocol of `names` that is fed without being written, so that the other goes on from the same prompt; None: none."""
+    if session.order != "attend" or len(names) < 2:
+        return None
+    return "decode" if decides(session) is None else "prompt"
+
+
 def widths(session: Session, protocol: str, tokens: int) -> list[int]:
     """Return the widths of the steps that a continuation of `tokens` tokens is fed in."""
     return [1] * tokens if protocol == "decode" and decides(session) is not None else [tokens]
 
 
-def continuation(session: Session, tokens, protocol: str) -> jax.Array:
+def continuation(session: Session, tokens, protocol: str, *, written: bool = True) -> jax.Array:
     """Feed a continuation under a protocol.
 
     Args:
       session: that has read the prompts.
       tokens: int [B,M].
       protocol: of PROTOCOLS.
+      written: False, for the protocol that `peeked` names: nothing is written and nothing stays pending.
 
     Returns:
-      x [B,M,E], the residual stream of its tokens.  Where `decode` was one step it is pending: nothing has been written.
+      x [B,M,E], the residual stream of its tokens.  `decode` of a method whose steps are no more than their tokens writes nothing.
 
     Raises:
       UserError: no such protocol, or tokens that do not fit.
@@ -61,10 +71,12 @@ def continuation(session: Session, tokens, protocol: str) -> jax.Array:
     tokens = np.asarray(tokens)
     if tokens.ndim != 2:
         raise UserError(f"tokens have shape {tokens.shape}; allowed is [B,M]")
-    if protocol == "prompt":
+    one_step = protocol == "prompt" or decides(session) is None
+    as_stored = protocol == "decode" and differ(session)
+    if one_step and session.order == "attend" and (as_stored or not written):
+        x = session.peek(tokens, as_stored=as_stored)
+        session.discard()
+        return x
+    if one_step:
         return session.step(tokens, rows="all")
-    if decides(session) is None:
-        if session.order == "write":
-            return session.step(tokens, rows="all")
-        return session.peek(tokens, as_stored=True)
     return jnp.concatenate([session.step(tokens[:, i : i + 1], rows="all") for i in range(tokens.shape[1])], 1)

@@ -140,14 +140,15 @@ def score_text(layers: Layers, experiment: Experiment, ids) -> Score:
     ids = _checked(layers, experiment, ids)
     if len(ids) < 2:
         raise UserError(f"num_tokens={len(ids)} must be at least 2: the first token is not predicted")
+    start = time.perf_counter()
+    # a recipe that does not fit the model is the first thing to say
+    session = make_session(layers, experiment, len(ids) - 1)
     unread = unread_part(experiment, len(ids) - 1)
     if unread is not None:
         raise UserError(
             f"one pass over {len(ids) - 1} tokens never reads what {unread} holds, and would score dense attention; give a prompt and a "
             "continuation (--prompt_tokens, --continuation_tokens), or a smaller chunk_size"
         )
-    start = time.perf_counter()
-    session = make_session(layers, experiment, len(ids) - 1)
     run = lambda: session.prefill(ids[:-1], rows="all")
     nll = token_nll(layers, run()[0], ids[1:])
     score = Score(nll, ids, session.cache_bytes, time.perf_counter() - start)

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lcx import checks
 from lcx.errors import UserError
 from lcx.experiment import Experiment
 from lcx.measure.quality import make_session, score_text, token_nll
 from lcx.models.loading import Pretrained
+from lcx.ops.attention import EMPTY
 from lcx.recipe import Recipe
 from lcx.session import Session
 from lcx.tasks import Sample, Window, longppl, longppl_keys, longppl_windows, score, sliding_windows
+from lcx.tasks.sample import QUESTIONS, SEEN, UNSEEN
+
+STEP = 32  # widths of questions are multiples, so that few programs serve many
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ def run_samples(
     encode: Callable[[str], list[int]] | None = None,
     stop_at_newline: bool = False,
     allow_extrapolation: bool = False,
+    question: str = SEEN,
+    keep_ratio: float | None = None,
 ) -> list[TaskResult]:
     """Return the greedy answers of a model under a method, in the order of the samples.
 
@@ -62,13 +69,27 @@ def run_samples(
       encode: text -> ids, where the samples were made with another one, for example one that parses a chat template's special tokens.
       stop_at_newline: end an answer at the first newline after a text, besides at the model's stop tokens.
       allow_extrapolation: let budgets exceed the model's context.
+      question: "seen" while the prompt is compressed, as it is part of it; "unseen": the prompt ends where the question begins, and the
+        question follows in one step, so that a method cannot choose by it what to keep.
+      keep_ratio: sets the method's budget, where it has one, as a fraction of each prompt that is really read; samples then run one by
+        one.  None: the experiment's own.
 
     Raises:
       UserError: a sample with more tokens than its budget, a budget beyond the model's context, or a recipe that does not suit.
     """
     if batch < 1:
         raise UserError(f"batch={batch} must be at least 1")
+    checks.one_of("question", question, QUESTIONS)
     encode = encode or encoder(model)
+    if question == UNSEEN:
+        for sample in samples:
+            if sample.question_at is None:
+                raise UserError(
+                    f"task={sample.task!r}: question='unseen' needs samples that say where their question begins"
+                )
+    shared = keep_ratio is None or not experiment.recipe.has_budget
+    if not shared:
+        batch = 1
     groups: dict[int, list[int]] = defaultdict(list)
     for i, sample in enumerate(samples):
         model.check_length(sample.budget, allow_extrapolation)
@@ -76,14 +97,20 @@ def run_samples(
     results: dict[int, TaskResult] = {}
     for budget, members in groups.items():
         caps = [samples[i].answer_tokens for i in members]
-        prompt, new_tokens = budget - min(caps), max(caps)
+        prompts_of = {i: _ids(encode, samples[i]) for i in members}
+        asked = {i: _question(model, samples[i]) if question == UNSEEN else [] for i in members}
+        if question == UNSEEN:
+            prompts_of = {i: encode(samples[i].prompt[: samples[i].question_at]) for i in members}
+        width = -(-max(map(len, asked.values())) // STEP) * STEP
+        prompt, new_tokens = budget - min(caps), max(caps) + width
         for start in range(0, len(members), batch):
             rows = members[start : start + batch]
-            prompts = [_ids(encode, samples[i]) for i in rows]
-            prompts += prompts[:1] * (batch - len(rows))
+            filled = rows + rows[:1] * (batch - len(rows))
+            prompts = [prompts_of[i] for i in filled]
+            method = experiment if shared else experiment.with_budget(len(prompts[0]), keep_ratio=keep_ratio)
             answers = [_Answer(model, samples[i].answer_tokens, stop_at_newline) for i in rows]
-            session = make_session(model.layers, experiment, prompt, new_tokens, batch)
-            _answer(model, session, prompts, answers)
+            session = make_session(model.layers, method, prompt, new_tokens, batch)
+            _answer(model, session, prompts, [asked[i] for i in filled], width, answers)
             for i, answer in zip(rows, answers, strict=True):
                 text = answer.text()
                 results[i] = TaskResult(samples[i], text, score(samples[i], text), tuple(answer.ids))
@@ -127,12 +154,36 @@ class _Answer:
         self.ended = newline or token in self.tokenizer.stop_ids or len(self.ids) == self.cap
 
 
-def _answer(model: Pretrained, session: Session, prompts: list[list[int]], answers: list[_Answer]) -> None:
-    """Feed the prompts and add greedy tokens until every answer has ended; rows past the answers fill the batch."""
+def _question(model: Pretrained, sample: Sample) -> list[int]:
+    """Return the tokens from the question on, answer prefix included."""
+    return model.tokenizer.encode(sample.prompt[sample.question_at :])
+
+
+def _answer(
+    model: Pretrained,
+    session: Session,
+    prompts: list[list[int]],
+    questions: list[list[int]],
+    width: int,
+    answers: list[_Answer],
+) -> None:
+    """Feed the prompts, then the questions in a step of `width` tokens, and add greedy tokens until every answer has ended.
+
+    Rows past the answers fill the batch.  Questions that are empty, `width` 0, are part of the prompts.
+    """
     tokens = np.zeros((session.batch, session.prompt), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
         row[: len(ids)] = ids
     logits = session.prefill(tokens, [len(ids) for ids in prompts])
+    if width:
+        tokens = np.zeros((session.batch, width), np.int32)
+        pos = np.full(tokens.shape, EMPTY, np.int32)
+        for row, (ids, place) in enumerate(zip(questions, session.next_pos, strict=True)):
+            tokens[row, : len(ids)] = ids
+            pos[row, : len(ids)] = place + np.arange(len(ids))
+        x = session.feed(tokens, pos)
+        ends = np.array([len(ids) - 1 for ids in questions])
+        logits = model.layers.logits(x[np.arange(session.batch), ends])
     while True:
         best = model.choose(logits)
         for answer, token in zip(answers, best, strict=False):

@@ -15,6 +15,7 @@ from lcx.report import axes, figures, quality_panels, tables
 from lcx.report.cards import Card, cards
 from lcx.report.escape import Safe, el, join
 from lcx.report.export import csv_text
+from lcx.report.ranking import SIGMAS, rankings
 from lcx.report.scores import score_tables
 from lcx.report.source import Source, has_failed
 from lcx.sweep.schema import COLUMNS, Row
@@ -198,13 +199,24 @@ def _figures(rows: Sequence[Row], capacity: Sequence[str]) -> Safe:
         for i, length in enumerate(longest)
     ]
     heat = figures.needle(rows)
-    parts = [*share, el("div", *drawn, class_="two"), wide, *quality]
+    parts = [*share, el("div", *drawn, class_="two"), wide, *quality, *_rankings(rows)]
     if heat is not None:
         parts.append(_figure("needle", heat, "Share of needles found, by depth and context length; grey: no row."))
     groups = len(axes.facets(rows))
     if groups > figures.MOST_FACETS:
         parts.append(el("p", f"Figures show {figures.MOST_FACETS} of {groups} combinations of model, dtype and batch."))
     return el("section", el("h2", "Figures"), *parts, id="figures")
+
+
+def _rankings(rows: Sequence[Row]) -> list[Safe]:
+    found = rankings(rows)
+    if not found:
+        return []
+    said = (
+        "Order by NLL − dense's, the least loss first, as far as the errors carry it: < where all before lie apart from all after by "
+        f"{SIGMAS:g} of their joint standard errors, seeds taken together; a comma where they do not."
+    )
+    return [el("p", said), el("dl", *(part for text, order in found for part in (el("dt", text), el("dd", order))))]
 
 
 def _figure(name: str, fig: Figure, caption: str) -> Safe:

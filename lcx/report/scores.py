@@ -9,6 +9,7 @@ from typing import Any
 
 from lcx.sweep.schema import Row
 
+COUNTS = ("samples", "cut")  # beside a task's scores
 PERPLEXITIES = ("ppl", "longppl")  # lower is better; the others are 0 to 100
 
 
@@ -38,7 +39,7 @@ def flat(tasks: Any) -> dict[str, float]:
             if cells and all(map(_is_number, cells)):
                 values[f"{name}, mean of {len(cells)} depths"] = sum(cells) / len(cells)
         elif isinstance(value, dict):
-            parts = [(k, v) for k, v in value.items() if _is_number(v) and k != "samples"]
+            parts = [(k, v) for k, v in value.items() if _is_number(v) and k not in COUNTS]
             values |= {f"{name} {k}": float(v) for k, v in sorted(parts, key=lambda part: part[0] != "mean")}
         elif _is_number(value):
             values[str(name)] = float(value)

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lcx.report import scores
+from lcx.report.ranking import SIGMAS, rankings
 from lcx.report.tables import with_error
 from lcx.sweep.schema import Row
 from lcx.terminal import empty_table
@@ -104,6 +105,8 @@ def show(rows: Sequence[Row], title: str) -> None:
     wide = Console(highlight=False, width=max(console.width, 132))
     for table in tables(rows, title):
         wide.print(table)
+    for text, order in rankings(rows):
+        console.print(f"{visible(text)}: {visible(order)}", markup=False, soft_wrap=True)
     for title_of_scores, scored, messages in score_tables(rows):
         console.print(title_of_scores, markup=False, soft_wrap=True)
         wide.print(scored)
@@ -121,9 +124,9 @@ def notes(rows: Sequence[Row]) -> str:
     devices = ", ".join(dict.fromkeys(visible(r["device"]) for r in done))
     lines = [
         f"prompt = tokens - {row['length'] - row['prompt']}; {row['passages']} passages of each text.  NLL - dense's: nats a token, ± one "
-        "standard error of the paired difference (the larger of that over tokens and over passages); of two methods only a difference "
-        "well above both errors ranks them.  decode: the continuation token by token, as in generation; prompt: in one step, in "
-        "which nothing is evicted; far tokens: those that dense attention predicts only with more than the nearest tokens.",
+        "standard error of the paired difference (the larger of that over tokens and over passages).  Of two methods `<` stands only where "
+        f"they differ by {SIGMAS:g} of their joint error.  decode: the continuation token by token, as in generation; prompt: in one step, "
+        "in which nothing is evicted; far tokens: those that dense attention predicts only with more than the nearest tokens.",
         f"Times measured on {devices}: TTFT is the median of {row['ttft_n']} prefills after {row['warmups']} untimed, compiled ahead; "
         f"decode the median of {row['decode_n']} steps, dense's in turns with the method's.  cache: device bytes of all arrays, room for "
         "the new tokens included.  peak: weights + caches + XLA's scratch, predicted by the compiled programs; RSS: peak of the "

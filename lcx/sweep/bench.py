@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -131,11 +131,14 @@ class Bench:
             return row | {"compile_s": compiled.seconds, "compile_cache_hits": ready.cache_hits, "notes": notes}
 
         session.reset()
-        session.prefill(ids[0, :, : point.prompt])
-        predicted = row.pop("segment_bytes")
-        row |= {"cache_bytes": session.cache_bytes, "peak_cache_bytes": session.peak_cache_bytes}
-        segments = _segment_bytes(session.cache)
-        scored = quality.score(session, layers, ids, point.prompt, settings.continuation, settings.protocols)
+        predicted, segments = row.pop("segment_bytes"), {}
+
+        def on_prompt() -> None:
+            row.update(cache_bytes=session.cache_bytes, peak_cache_bytes=session.peak_cache_bytes)
+            segments.update(_segment_bytes(session.cache))
+
+        sizes = (point.prompt, settings.continuation)
+        scored = quality.score(session, layers, ids, *sizes, settings.protocols, on_prompt)
         dense = self._dense(point, reference, ids, scored)
         row |= quality.columns(layers, point, scored, dense, protocols.decides(session) or _codecs(session))
         row |= {
@@ -188,9 +191,10 @@ class Bench:
             self.model.layers, experiment, point.prompt, point.new_tokens, batch=point.batch, check_finite=False
         )
         widths = {settings.continuation, 1}
-        peek = settings.continuation if "decode" in settings.protocols and _peeks(session) else 0
+        as_stored = _peek_as_stored(session, settings.protocols)
+        peek = 0 if as_stored is None else settings.continuation
         with _count_cache_hits() as hits:
-            compiled = session.compile(point.prompt, sorted(widths), peek, as_stored=peek > 0)
+            compiled = session.compile(point.prompt, sorted(widths), peek, as_stored=bool(as_stored))
         self._last = Ready(asked, session, compiled, hits[0])
         return self._last
 
@@ -256,8 +260,13 @@ def _codecs(session: Session) -> str | None:
     return "codes are read as they are stored" if protocols.differ(session) else None
 
 
-def _peeks(session: Session) -> bool:
-    return session.order == "attend" and protocols.differ(session) and protocols.decides(session) is None
+def _peek_as_stored(session: Session, names: Sequence[str]) -> bool | None:
+    """Return how the continuation is peeked, see `protocols.continuation`; None: it is not."""
+    if session.order != "attend" or not protocols.differ(session):
+        return None
+    if protocols.decides(session) is None:
+        return True if "decode" in names else None
+    return False if len(names) > 1 else None
 
 
 def memory_limit() -> int | None:

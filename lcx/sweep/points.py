@@ -22,6 +22,7 @@ from lcx.recipe import Recipe
 from lcx.sweep import sources
 from lcx.sweep.settings import Settings, settings_of
 from lcx.sweep.store import Job
+from lcx.tasks import local
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Point:
       budget: tokens a KV head, as it was asked for.
       text_sha256: of the text's file.
       sources: digest of the method's source files.
+      task_files: (name, sha256) of each file of the tasks.
       remarks: what is to be said in the row before anything runs, such as a budget that the method does not take.
     """
 
@@ -51,6 +53,7 @@ class Point:
     budget: int | None = None
     text_sha256: str = ""
     sources: str = ""
+    task_files: tuple[tuple[str, str], ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
@@ -71,7 +74,7 @@ class Point:
     def key(self) -> str:
         """Return a hash of everything that a row depends on, machine and version apart."""
         parts = (self.experiment.recipe, self.experiment.schedule, self.aux_sha256, self.settings, *self.cell)
-        parts = (*parts, self.text_sha256, self.sources)
+        parts = (*parts, self.text_sha256, self.sources, self.task_files)
         if self.experiment.implementation is not None:
             parts = (*parts, self.experiment.implementation)
         return hashlib.sha256(repr((*parts, self.model_sha256)).encode()).hexdigest()[:16]
@@ -105,6 +108,7 @@ class Point:
             "budget": self.kept,
             "keep_ratio": None if self.kept is None else self.kept / self.prompt,
             "sources": self.sources,
+            "task_files": dict(self.task_files),
         }
 
     @property
@@ -142,6 +146,13 @@ def aux_digest(experiment: Experiment, model: ModelConfig) -> str | None:
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode() + array.tobytes())
     return digest.hexdigest()
+
+
+def digests(settings: Settings) -> tuple[tuple[str, str], ...]:
+    """Return (name, sha256) of each file of the tasks.  Raises UserError, with the line, for a file that is damaged."""
+    for path in settings.task_files:
+        local.load(path)
+    return tuple((Path(path).name, local.sha256(path)) for path in settings.task_files)
 
 
 def experiment_of(spec: Mapping[str, Any], settings: Settings) -> Experiment:
@@ -207,6 +218,7 @@ def resolve(spec: Mapping[str, Any], loaded: Loaded) -> Point:
         budget=spec["budget"] if experiment.recipe.has_budget else None,
         text_sha256=texts.load(text)[1],
         sources=sources.digest(experiment.recipe),
+        task_files=digests(settings),
         remarks=remarks_of(experiment, spec, prompt),
     )
     point.check(loaded.config)

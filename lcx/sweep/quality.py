@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -74,7 +75,15 @@ class References:
             return Scored(**{name: archive[name] for name in archive.files})
 
 
-def score(session: Session, layers: Layers, ids: np.ndarray, prompt: int, count: int, names) -> dict[str, Scored]:
+def score(
+    session: Session,
+    layers: Layers,
+    ids: np.ndarray,
+    prompt: int,
+    count: int,
+    names: Sequence[str],
+    on_prompt: Callable[[], None],
+) -> dict[str, Scored]:
     """Return the scores of all passages by protocol.
 
     Args:
@@ -83,6 +92,7 @@ def score(session: Session, layers: Layers, ids: np.ndarray, prompt: int, count:
       ids: int [S,B,T], S sets of a batch of passages.
       prompt, count: tokens of the prompt and of the continuation.
       names: the protocols.
+      on_prompt: called when the first prompt has been read.
 
     Raises:
       NotFinite: a likelihood is nan or infinite; names layer and step.
@@ -91,17 +101,16 @@ def score(session: Session, layers: Layers, ids: np.ndarray, prompt: int, count:
     streams: dict[str, list[np.ndarray]] = {name: [] for name in names}
     # one run serves protocols that are the same by construction
     runs = list(names) if protocols.differ(session) else list(names)[:1]
-    for passages in ids:
-        ready = False
-        for name in runs:
-            if not ready:
+    peeked = protocols.peeked(session, runs)
+    for i, passages in enumerate(ids):
+        # the protocol that is not written comes first: the next one goes on from the same prompt
+        for j, name in enumerate(sorted(runs, key=lambda n: n != peeked)):
+            if j == 0 or peeked is None:
                 session.prefill(passages[:, :prompt])
-            x = protocols.continuation(session, passages[:, prompt:end], name)
+            if i == j == 0:
+                on_prompt()
+            x = protocols.continuation(session, passages[:, prompt:end], name, written=name != peeked)
             streams[name].append(np.asarray(x, np.float32))
-            # a peeked step has written nothing: the prompt's cache is as it was
-            ready = session.pending is not None
-            if ready:
-                session.discard()
     targets = ids[:, :, prompt + 1 : end + 1].reshape(-1)
     scored = {}
     for name in runs:

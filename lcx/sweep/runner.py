@@ -24,7 +24,7 @@ from lcx.recipe import Recipe
 from lcx.sweep import sources
 from lcx.sweep.bench import Bench
 from lcx.sweep.line import line
-from lcx.sweep.points import Loaded, Point, aux_digest, jobs, remarks_of, specs
+from lcx.sweep.points import Loaded, Point, aux_digest, digests, jobs, remarks_of, specs
 from lcx.sweep.schema import Row, leaves, ratios, whole_row
 from lcx.sweep.settings import Settings
 from lcx.sweep.store import Job, Store
@@ -173,7 +173,7 @@ def run_methods(
       keep_ratio: budget of every method that has one, as a fraction of the prompt, or several; None: their own.
       budget: the same in tokens a KV head, instead of keep_ratio.
       texts: names of `lcx.texts` or files, a row for each; None: two that lcx ships.
-      settings: measurements and their counts; by default 3 timed prefills, 16 decode steps, two passages of 256 tokens scored.
+      settings: measurements and their counts; by default 3 timed prefills, 16 decode steps, two passages of 64 tokens scored.
       batch: texts side by side.
       on_row: called with each finished row; None: a line is printed.
 
@@ -183,7 +183,7 @@ def run_methods(
     Raises:
       UserError: a method that does not suit the model or a length; nothing has run then.
     """
-    settings = Settings(repeats=3, decode_steps=16) if settings is None else settings
+    settings = Settings(continuation=64, decode_steps=16) if settings is None else settings
     checks.kind("model", model, Pretrained)
     checks.kind("settings", settings, Settings)
     checks.whole("batch", batch, 1)
@@ -237,6 +237,7 @@ def _point(name, experiment: Experiment, model: Pretrained, length, settings: Se
         budget=budget,
         text_sha256=digest,
         sources=sources.digest(experiment.recipe),
+        task_files=digests(settings),
         remarks=remarks_of(experiment, {"asked": share != (None, None)}, prompt),
     )
 

@@ -129,6 +129,7 @@ COLUMNS = (
     Column("far_nll", "float", "nll of these tokens, nats a token"),
     *_quality("prompt_"),
     Column("tasks", "json", "scores of the tasks requested by --tasks"),
+    Column("task_files", "json", "sha256 of each file of --tasks"),
     Column("device", "str", "what times were measured on", True),
     Column("host", "str", "machine", True),
     Column("child_start_s", "float", "the child's start: imports and weights, s", True),

@@ -9,6 +9,8 @@ from typing import Any
 from lcx import checks
 from lcx.errors import UserError
 from lcx.measure import protocols
+from lcx.tasks import local
+from lcx.tasks.sample import QUESTIONS
 
 TASKS = ("ppl", "longppl", "passkey", "needle", "ruler")
 
@@ -26,8 +28,9 @@ class Settings:
       repeats: timed prefills, in turns with dense attention's.
       warmups: untimed prefills before them, and untimed decode steps.
       text: a name of `lcx.texts`, or the path of a UTF-8 file.
-      tasks: further quality figures, of TASKS.
-      samples: of each task.
+      tasks: further quality figures, of TASKS, and files of {context, question, answers} that end in .jsonl.
+      samples: of each task; a file has its own lines.
+      questions: of the tasks that ask: "seen" while the prompt is compressed, "unseen", or both.
       memory_limit: bytes; a point whose predicted peak is above is not run.  None: the memory of the device or the machine.
       allow_extrapolation: lengths beyond the model's context.
     """
@@ -42,6 +45,7 @@ class Settings:
     text: str = "pride_and_prejudice"
     tasks: tuple[str, ...] = ()
     samples: int = 10
+    questions: tuple[str, ...] = QUESTIONS
     memory_limit: int | None = None
     allow_extrapolation: bool = False
 
@@ -56,13 +60,24 @@ class Settings:
         # the columns without a prefix are those of decode where that is asked for
         object.__setattr__(self, "protocols", tuple(p for p in protocols.PROTOCOLS if p in self.protocols))
         for task in self.tasks:
-            if task not in TASKS:
-                raise UserError(f"tasks={task!r}; allowed are {', '.join(TASKS)}")
+            if task not in TASKS and not task.endswith(local.SUFFIX):
+                raise UserError(f"tasks={task!r}; allowed are {', '.join(TASKS)} and files that end in {local.SUFFIX}")
+        if (
+            not self.questions
+            or len(set(self.questions)) < len(self.questions)
+            or not set(self.questions) <= set(QUESTIONS)
+        ):
+            raise UserError(f"questions={self.questions!r}: give {' or '.join(QUESTIONS)}, each once")
+
+    @property
+    def task_files(self) -> tuple[str, ...]:
+        """Files among the tasks."""
+        return tuple(task for task in self.tasks if task.endswith(local.SUFFIX))
 
 
 def settings_of(spec: Mapping[str, Any]) -> Settings:
     """Return the settings of a point's spec."""
     given: dict[str, Any] = {**spec["settings"]}
-    for name in ("tasks", "protocols"):
+    for name in ("tasks", "protocols", "questions"):
         given[name] = tuple(given[name])
     return Settings(**given)

@@ -9,6 +9,7 @@ RULER's 13 tasks, the needle grid, passkey and key-value retrieval, and the arit
 """
 
 from lcx.tasks.grid import kv_retrieval, needle_depths, needle_grid, needle_lengths, passkey
+from lcx.tasks.local import Record, load, local_samples
 from lcx.tasks.perplexity import (
     Window,
     longppl,
@@ -28,12 +29,15 @@ from lcx.tasks.sample import (
 __all__ = [
     "EFFECTIVE_THRESHOLD",
     "RULER",
+    "Record",
     "Sample",
     "TaskSpec",
     "Window",
     "effective_length",
     "generate",
     "kv_retrieval",
+    "load",
+    "local_samples",
     "longppl",
     "longppl_keys",
     "longppl_windows",

@@ -63,7 +63,8 @@ def _cwe(rng, shared, size, plan: CwePlan) -> Draft:
     example, prefix = _list_question(shared, worked, plan.example)
     answer = " ".join(f"{i + 1}. {word}" for i, word in enumerate(worked[: plan.example.num_common]))
     body, last = _list_question(shared, words, plan.counts)
-    return Draft(f"{example}\n{prefix} {answer}\n\n{body}", last, tuple(words[:NUM_COMMON]))
+    question = body[body.rindex("Question:") :]
+    return Draft(f"{example}\n{prefix} {answer}\n\n{body}", last, tuple(words[:NUM_COMMON]), question=question)
 
 
 def cwe(name: str) -> Form:
@@ -91,11 +92,13 @@ def _fwe(rng, shared, size, vocabulary: int) -> Draft:
     times = [math.floor(size / (ZETA_2 * rank**2)) for rank in range(1, vocabulary + 1)]
     items = [word for word, n in zip(words, times, strict=True) for _ in range(n)]
     text = " ".join(items[i] for i in rng.permutation(len(items)))
+    question = "Question: Which three coded words occur most often in the text above?"
     body = (
         "Below is a text in coded words. Memorize which of them occur most often, and ignore the dots.\n"
-        f"{text}\nQuestion: Which three coded words occur most often in the text above?"
+        f"{text}\n{question}"
     )
-    return Draft(body, "Answer: The three coded words that occur most often are:", tuple(words[1:4]))
+    prefix = "Answer: The three coded words that occur most often are:"
+    return Draft(body, prefix, tuple(words[1:4]), question=question)
 
 
 def fwe(name: str) -> Form:

@@ -36,11 +36,12 @@ def _companies(rng: np.random.Generator, count: int) -> list[str]:
 def _draft(rng: np.random.Generator, cards: list[str], question: str, opening: str, answer: str) -> Draft:
     order = rng.permutation(len(cards))
     documents = "\n\n".join(f"Document {n + 1}: {cards[i]}" for n, i in enumerate(order))
+    asked = f"Answer the question from the documents above. Question: {question}"
     body = (
         "Answer the question from the documents below. Give the answer alone, without other words.\n\n"
-        f"{documents}\n\nAnswer the question from the documents above. Question: {question}"
+        f"{documents}\n\n{asked}"
     )
-    return Draft(body, f"Answer: {opening}", (answer,))
+    return Draft(body, f"Answer: {opening}", (answer,), question=asked)
 
 
 def _one_card(rng, shared, size, plan) -> Draft:

@@ -82,7 +82,7 @@ def _grid_build(count: Callable[[str], int], depths: tuple[float, ...]):
         lines = [niah.needle("number", key, value) for value in values]
         instruction, question, prefix = niah.ask("number", [key], len(depths))
         context = " ".join(insert(sentences, lines, slots))
-        return Draft(f"{instruction}\n{context}\n{question}", prefix, tuple(values), depths)
+        return Draft(f"{instruction}\n{context}\n{question}", prefix, tuple(values), depths, question=question)
 
     return build
 
@@ -112,8 +112,9 @@ def passkey(
             key = int(rng.integers(10_000, 100_000))
             line = f"The pass key is {key}. Remember it: {key} is the pass key."
             text = "\n".join(insert([NOISE] * size, [line], [int(size * depth / 100)]))
-            body = f"The text below hides a pass key among other lines. Find and memorize it.\n{text}\nWhat is the pass key?"
-            return Draft(body, "The pass key is", (str(key),), (depth,))
+            question = "What is the pass key?"
+            body = f"The text below hides a pass key among other lines. Find and memorize it.\n{text}\n{question}"
+            return Draft(body, "The pass key is", (str(key),), (depth,), question=question)
 
         return Form("passkey", PASSKEY_ANSWER_TOKENS, "first_integer", build, 1, 1 << 30)
 
@@ -139,8 +140,9 @@ def kv_retrieval(
             names, values = (niah.distinct(stream, "uuid", size) for stream in rng.spawn(2))
             asked = min(int(size * depth / 100), size - 1)
             text = json.dumps(dict(zip(names, values, strict=True)))
-            body = f'Memorize the JSON object below.\n{text}\nWhich value belongs to the key "{names[asked]}"?'
-            return Draft(body, f'The value of "{names[asked]}" is "', (values[asked],), (depth,))
+            question = f'Which value belongs to the key "{names[asked]}"?'
+            body = f"Memorize the JSON object below.\n{text}\n{question}"
+            return Draft(body, f'The value of "{names[asked]}" is "', (values[asked],), (depth,), question=question)
 
         return Form("kv_retrieval", KV_ANSWER_TOKENS, "token", build, 1, 1 << 30)
 

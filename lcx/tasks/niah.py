@@ -109,7 +109,7 @@ def form(name: str) -> Form:
             context, depths = in_lines(place_rng, needles, hay)
         instruction, question, prefix = ask(task.values, keys[: task.num_asked], task.num_values)
         references = tuple(values[: task.num_asked * task.num_values])
-        return Draft(f"{instruction}\n{context}\n{question}", prefix, references, depths)
+        return Draft(f"{instruction}\n{context}\n{question}", prefix, references, depths, question=question)
 
     least, most = {
         "noise": (num_needles, 1 << 30),

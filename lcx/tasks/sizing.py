@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
@@ -26,12 +26,24 @@ Encode = Encoder | Callable[[str], Sized | int]
 
 @dataclass(frozen=True)
 class Draft:
-    """Text that a task builds at one size.  `body` goes through the chat template, `prefix` (the answer's opening words) after it."""
+    """Text that a task builds at one size.
+
+    Attributes:
+      body: goes through the chat template.
+      prefix: the answer's opening words, after it.
+      references, depths: see `Sample`.
+      question: the last words of the body, which ask.
+    """
 
     body: str
     prefix: str
     references: tuple[str, ...]
     depths: tuple[float, ...] = ()
+    question: str = field(kw_only=True)
+
+    def __post_init__(self):
+        if not (self.question and self.body.endswith(self.question)):
+            raise ValueError("a body ends with its question")
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,10 @@ class _Fit:
         draft, prompt = self.draft(size, plan)
         tokens = need(size) - form.answer_tokens
         references, depths = draft.references, draft.depths
-        return Sample(form.task, prompt, references, form.answer_tokens, form.match, budget, tokens, depths), size
+        asked = prompt.rindex(draft.question)
+        return Sample(
+            form.task, prompt, references, form.answer_tokens, form.match, budget, tokens, depths, asked
+        ), size
 
 
 def largest(fits: Callable[[int], bool], start: int, low: int, high: int) -> int:

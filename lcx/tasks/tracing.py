@@ -63,7 +63,8 @@ def _build(rng, shared, size, plan) -> Draft:
     example_rng, names_rng, place_rng = rng.spawn(3)
     names, value = _names(names_rng, 5), _value(names_rng)
     body, prefix, depths = _chain(place_rng, names, value, size)
-    return Draft(_example(example_rng, plan, value) + body, prefix, tuple(names), depths)
+    question = body[body.rindex("Question:") :]
+    return Draft(_example(example_rng, plan, value) + body, prefix, tuple(names), depths, question=question)
 
 
 def form(name: str) -> Form:
