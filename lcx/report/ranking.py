@@ -41,9 +41,9 @@ def rankings(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def joint(losses: Sequence[Loss]) -> Loss:
     """Return the mean over seeds and its standard error; None where one is not known."""
-    errors = [error for _, error in losses]
+    errors = [error for _, error in losses if error is not None]
     mean = float(np.mean([value for value, _ in losses]))
-    if any(error is None for error in errors):
+    if len(errors) < len(losses):
         return mean, None
     return mean, float(np.sqrt(np.sum(np.square(errors)))) / len(errors)
 
