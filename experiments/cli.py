@@ -185,10 +185,26 @@ def check_model_free(experiment) -> None:
         with_budget(experiment, 1 << 20)
 
 
+MOST_COMPILED = 1 << 30  # bytes of compiled programs that are kept between runs; those not used for longest go first
+
+
+def keep_compiled() -> None:
+    """Let JAX keep compiled programs between runs, in the user's cache folder; JAX's own variables have their way."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "lcx" / "compiled"))
+        if _has("filelock"):  # JAX counts what lies there only with it
+            jax.config.update("jax_compilation_cache_max_size", MOST_COMPILED)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 def load_model(name: str):
     """Load a model by its name, file, folder or hub id."""
     import lcx.models.loading
 
+    keep_compiled()
     return lcx.models.loading.load(name, flags.FLAGS.dtype, flags.FLAGS.accept_licence)
 
 

@@ -29,6 +29,7 @@ _HOME = {
     "run_methods": "lcx.sweep.runner",
     "check": "lcx.conformance.run",
     "look": "lcx.measure.kept",
+    "compose": "lcx.composition",
     "UserError": "lcx.errors",
 }
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "ask",
     "check",
+    "compose",
     "generate",
     "load",
     "load_config",
@@ -53,6 +55,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from lcx.composition import compose
     from lcx.config_files import load_config
     from lcx.conformance.run import check
     from lcx.errors import UserError

@@ -32,6 +32,8 @@ FACTS = {
     "single tokens": "slots that are written one by one, not in pages",
     "every token": "every token to stay until it has been read",
     "all attention": "the attention over every key from the first token on",
+    "whole steps": "the attention of a step over every key that is held",
+    "votes": "the votes of a part that acts at the end of the prompt",
     "all heads": "every KV head of the layer in its segment",
     "one segment": "a chain of one segment",
     "rotated keys": "keys that are stored after RoPE",
@@ -78,6 +80,10 @@ class Part:
 
     def at(self, phase: str, layer: int, model: ModelConfig) -> Any:
         """Return the part that acts in this phase and layer (from 0)."""
+        return self
+
+    def phase(self, name: str) -> Any:
+        """Return the part that acts in this phase in some layer, for the check that parts go together."""
         return self
 
     def program(self) -> Any:
@@ -171,10 +177,15 @@ class Policy(Part):
     shared: ClassVar[bool] = False  # one kept set for all KV heads of the layer: positions are stored once
     ordered: ClassVar[bool] = False  # slots are filled in order of the text, and nothing is evicted
     state: ClassVar[Mapping[str, Any]] = {}  # per-slot arrays: name -> dtype
+    votes: ClassVar[bool] = False  # at the end of the prompt it sees `new.state["votes"]`, see `layer.repack`
 
     def capacity(self, tokens: int, page: int) -> int:
         """Return the slots needed when a total of `tokens` tokens pass through; at most `tokens`, rounded up to `page`."""
         raise NotImplementedError
+
+    def after(self, compress: Compress) -> Any:
+        """Return the policy at the settings at which it goes on from what a part kept of the prompt, for `compose`."""
+        return self
 
     def handed(self, tokens: int) -> int:
         """Return the upper bound on the tokens handed to the next segment, out of `tokens` in total."""

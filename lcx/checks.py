@@ -132,8 +132,8 @@ def order(recipe, value: str) -> None:
     if value == "attend":
         return
     for segment, _, part in recipe.parts():
-        for fact in ("every token", "all attention"):
-            if fact in part.lacks or (fact == "all attention" and fact in part.needs):
+        for fact in ("every token", "all attention", "whole steps"):
+            if fact in part.lacks or (fact != "every token" and fact in part.needs):
                 raise UserError(
                     f"order='write' needs {FACTS[fact]} before it is written; {type(part).__name__} of {segment or 'the recipe'!r} "
                     "decides by what was read; use order='attend'"

@@ -348,14 +348,18 @@ def repack(
         # the probe votes with the keys that it saw
         before = open_chain(whole, old_chain, old_recipe.pattern, cache.segments)
         held = before.held(cache.segments)[old_chain[0].name]
-        kept = _choose(compress, before.ctx.for_part(chain[0].name, "compress"), held, widths[chain[0].name])
+        probe = before.ctx.for_part(chain[0].name, "compress")
+        kept = _choose(compress, probe, held, widths[chain[0].name], chain[0].policy.votes)
         after = Reading(chain, recipe.pattern, whole, {})
         result |= _write_chain(after, after.held(empty), kept)
     return LayerCache(result)
 
 
-def _choose(compress: Compress, ctx: Ctx, held: Held, most: int) -> Tokens:
-    """Choose the best tokens of each row in the order of the text; empty places come last."""
+def _choose(compress: Compress, ctx: Ctx, held: Held, most: int, votes: bool) -> Tokens:
+    """Choose the best tokens of each row in the order of the text; empty places come last.
+
+    `votes`: with the attention that the prompt's last queries paid to each, summed over them and a mean over the group, "votes" of `state`.
+    """
     S = held.pos.shape[-1]
     width = min(most, S)
     rows = 1 if compress.shared else held.rows
@@ -369,4 +373,8 @@ def _choose(compress: Compress, ctx: Ctx, held: Held, most: int) -> Tokens:
     order = jnp.argsort(jnp.where(kept_pos == EMPTY, S, kept), -1)
     kept, kept_pos = jnp.take_along_axis(kept, order, -1), jnp.take_along_axis(kept_pos, order, -1)
     k, v = held.store.gather(held.slots, jnp.broadcast_to(kept, (kept.shape[0], held.rows, width)))
-    return Tokens(k.swapaxes(2, 3), v, kept_pos)
+    state = {}
+    if votes:
+        mass = ctx.mass(held.source, ctx.attend(held.source).lse).mean(2)
+        state = {"votes": jnp.take_along_axis(mass, jnp.broadcast_to(kept, (*mass.shape[:2], width)), -1)}
+    return Tokens(k.swapaxes(2, 3), v, kept_pos, state)

@@ -2,6 +2,8 @@
 
 python -m lcx.methods               the table, as the README has it
 python -m lcx.methods --name=snapkv  one method: its axes, settings, exact limits, arrays and the paper's figures
+python -m lcx.methods --compose=minference,quest  whether two go together, what they are then, and why not
+python -m lcx.methods --matrix      every pair, as docs/compositions.md has it
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 
+from lcx.composition import compose
 from lcx.config_files import all_configs, load_config
 from lcx.errors import UserError, nearest
 from lcx.experiment import Experiment
@@ -79,15 +82,67 @@ def _card(name: str, experiment: Experiment) -> Iterator[str]:
     yield f"verified: {', '.join(('limit', *experiment.verified))}"
 
 
+def composed(names: str) -> str:
+    """Return what two methods, `A,B`, are together, in words.
+
+    Raises:
+      UserError: they do not go together, with the reason; or there is no such config.
+    """
+    known = experiments()
+    pair = names.split(",")
+    if len(pair) != 2:
+        raise UserError(f"compose={names!r}: allowed are two methods with a comma between")
+    for name in pair:
+        if name not in known:
+            raise UserError(f"compose={name!r}: no such method; allowed are {', '.join(known)}{nearest(name, known)}")
+    try:
+        joined = compose(*(known[name] for name in pair))
+    except UserError as error:
+        raise UserError(f"{' and '.join(pair)} do not go together: {error}") from None
+    lines = [
+        f"{' and '.join(pair)} go together: lcx.compose(lcx.load_config({pair[0]!r}), lcx.load_config({pair[1]!r}))"
+    ]
+    for choice in joined.recipe.describe():
+        settings = ", ".join(f"{key}={value}" for key, value in choice.settings.items())
+        lines.append(f"{choice.axis}: {choice.name}({settings})")
+    return "\n".join([*lines, f"schedule: {joined.schedule}"])
+
+
+def matrix() -> str:
+    """Return the table of every pair of methods, with the reasons of those that do not go together."""
+    known = {name: e for name, e in experiments().items() if e.recipe != type(e.recipe)()}
+    reasons: dict[str, int] = {}
+    lines = ["| | " + " | ".join(known) + " |", "| --- |" + " --- |" * len(known)]
+    for i, (name, first) in enumerate(known.items()):
+        cells = []
+        for j, second in enumerate(known.values()):
+            cell = ""
+            if j < i:
+                try:
+                    compose(first, second)
+                    cell = "+"
+                except UserError as error:
+                    cell = str(reasons.setdefault(str(error), len(reasons) + 1))
+            cells.append(cell)
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())])
+
+
 def main(words: list[str]) -> int:
-    """Print the table, or the card that --name asks for."""
+    """Print the table, or what the argument asks for."""
     try:
         if not words:
             print(table())
         elif len(words) == 1 and words[0].startswith("--name="):
             print(card(words[0].removeprefix("--name=")))
+        elif len(words) == 1 and words[0].startswith("--compose="):
+            print(composed(words[0].removeprefix("--compose=")))
+        elif words == ["--matrix"]:
+            print(matrix())
         else:
-            raise UserError(f"arguments {' '.join(words)!r}: allowed is --name=METHOD, or nothing for the table")
+            raise UserError(
+                f"arguments {' '.join(words)!r}: allowed are --name=METHOD, --compose=A,B, --matrix, or nothing for the table"
+            )
     except UserError as error:
         print(f"methods: {error}", file=sys.stderr)
         return 2

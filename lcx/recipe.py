@@ -65,8 +65,12 @@ class Recipe:
             raise UserError(f"segment names {names} repeat; each must be unique")
         if self.rounding < 1:
             raise UserError(f"rounding={self.rounding} must be at least 1 slot")
-        for chain in self.chains:
-            check_chain(chain, self.pattern)
+        for phase in reversed(self.phases):
+            for chain in self.chains:
+                acting = tuple(_in_phase(s, phase) for s in chain)
+                if phase == self.phases[0] and chain[0].compress is not None:
+                    acting = (replace(prompt_segment(acting), compress=acting[0].compress),)
+                check_chain(acting, self.pattern.phase(phase))
         whole = [[s.name for s in chain] for chain in self.chains if chain[0].heads == "all"]
         if whole and len(self.chains) > 1:
             raise UserError(
@@ -129,6 +133,8 @@ class Recipe:
                 "leave the budget and keep_ratio out"
             )
         budgeted = {id(self.pattern), *(id(self._budgeted(c)) for c in self.chains)}
+        # where a part compresses the prompt, the policy that evicts after it has the same budget
+        budgeted |= {id(c[0].policy) for c in self.chains if c[0].compress is not None}
 
         def change(part: Part) -> Part:
             changed = part.with_budget(budget) if id(part) in budgeted else None
@@ -276,6 +282,11 @@ class Recipe:
             choices.append(Choice(axis + where, type(part).__name__, settings, part.exact))
         choices += [Choice(f"heads of {c[0].name}", c[0].heads, {}, "") for c in self.chains if c[0].heads != "all"]
         return choices or [Choice("pattern", type(CAUSAL).__name__, {}, CAUSAL.exact)]
+
+
+def _in_phase(s: Segment, phase: str) -> Segment:
+    compress = None if s.compress is None else s.compress.phase(phase)
+    return replace(s, policy=s.policy.phase(phase), codec=s.codec.phase(phase), compress=compress)
 
 
 AUX_KEYS = ("heads", "arrays")

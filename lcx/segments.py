@@ -114,7 +114,9 @@ def _stances(chain: Chain, pattern: Pattern, s: Segment) -> Iterator[_Stance]:
     turns = "rotated keys" if pattern.turns else ""
     # pages of slots are listed head by head
     listed = "one set" if "held" in pattern.visits else ""
-    yield stance(pattern, lacks=", ".join(["all attention" if pattern.visits else "", turns, listed]))
+    yield stance(pattern, lacks=", ".join(["all attention, whole steps" if pattern.visits else "", turns, listed]))
+    if compress is None:
+        yield _Stance("a segment without compress", frozenset(), frozenset({"votes"}))
     if s.heads != "all":
         yield _Stance(f"heads={s.heads!r}", frozenset(), frozenset({"all heads"}))
     if len(chain) > 1:
@@ -137,6 +139,11 @@ def check_chain(chain: Chain, pattern: Pattern) -> None:
     for before, s in zip((None, *chain), chain, strict=False):
         if s.compress is not None and before is not None:
             raise UserError(f"compress of segment {s.name!r}: only the first segment of a chain can have one")
+        if before is not None and not before.policy.handed(1 << 20):
+            raise UserError(
+                f"{type(before.policy).__name__} of segment {before.name!r} hands nothing down, and segment {s.name!r} after it would stay "
+                "empty; give the codec to the first segment, or put a policy before it that hands tokens down"
+            )
         if s.codec.page > 1 and (before is None or not _hands_down(before.policy, s.codec.page)):
             raise UserError(
                 f"{type(s.codec).__name__} encodes pages of {s.codec.page} tokens; put a segment before it in its chain "

@@ -4,6 +4,9 @@ A key is "axis of segment: Class.field" as `Recipe.describe` names it, "schedule
 are here, so that a field that is added needs a line and a source.
 """
 
+from lcx.patterns.minference import MInference
+from lcx.patterns.quest import Quest
+
 COMMON = "lcx: the same budget for all methods that have one"
 OWN = "lcx"
 
@@ -36,10 +39,14 @@ PUBLISHED = {
     "window": {"policy: SinkWindow.sink": (0, STREAMING), "policy: SinkWindow.window": (1_024, STREAMING)},
     "sink_window": {"policy: SinkWindow.sink": (4, STREAMING), "policy: SinkWindow.window": (1_020, STREAMING)},
     "streaming_llm": {"policy: SinkWindow.sink": (4, STREAMING), "policy: SinkWindow.window": (1_020, STREAMING)},
-    "h2o": {"policy: H2O.budget": (1_024, COMMON)},
+    "h2o": {
+        "policy: H2O.budget": (1_024, COMMON),
+        "policy: H2O.sums": ("prompt", "2306.14048: over all queries"),
+    },
     "tova": {
         "policy: TOVA.budget": (1_024, COMMON),
         "policy: TOVA.keep_last": (False, "2401.06104: the newest token competes"),
+        "policy: TOVA.per_head": (False, "2401.06104: one set for the layer"),
     },
     "keydiff": {"policy: KeyDiff.budget": (1_024, COMMON)},
     "knorm": {"compress: KNorm.budget": (1_024, COMMON), "compress: KNorm.skip_layers": ((0, 1), KNORM)},
@@ -121,5 +128,14 @@ PUBLISHED = {
         "aux.streaming": (0.5, "2410.10819: half of the heads with GQA"),
         "aux.file": (None, OWN),
         "schedule.size": (32_000, "2410.10819, the claim of the longest context"),
+    },
+}
+
+# two methods as one: each at its own sizes
+PUBLISHED |= {
+    "snapkv_h2o": PUBLISHED["snapkv"] | PUBLISHED["h2o"] | {"policy: H2O.sums": ("votes", "a composition")},
+    "minference_quest": {
+        "pattern: ByPhase.prefill": (MInference(vertical=1_000, slash=6_096), MINFERENCE),
+        "pattern: ByPhase.decode": (Quest(budget=1_024, page=16, dense_layers=2), QUEST),
     },
 }

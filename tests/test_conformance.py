@@ -50,6 +50,7 @@ CASES = {
     "quest": Case(any_chunk=True),
     "xattention": Case(any_chunk=True),
     "minference": Case(prompt=200),
+    "minference_quest": Case(prompt=200),
     # pages of 64 tokens
     "int4_pages": Case(prompt=150, shrink=False, changes={"recipe.segments.0.0.policy.keep": "16"}),
 }
@@ -78,7 +79,7 @@ def few(*quick):
     )
 
 
-ANY_CHUNK = [n for n in NAMES if CASES.get(n, Case()).any_chunk or n == "minference"]
+ANY_CHUNK = [n for n in NAMES if CASES.get(n, Case()).any_chunk or n.startswith("minference")]
 
 
 @cache

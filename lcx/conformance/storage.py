@@ -154,6 +154,10 @@ def _check_held(m: Measure, links, pos: np.ndarray, length: int, since: int, whe
     m.holds(len(pos) > 0 and pos.max() < length + since, f"no token, or one that is not there, is held: {where}")
     if first.compress is not None:
         kept = int(np.asarray(first.compress.keep(_Data(first.compress), np.array([length]))).reshape(-1)[0])
+        if "every token" in first.policy.lacks:
+            most = first.policy.capacity(min(kept, length) + since, first.codec.page)
+            m.same(len(pos), min(min(kept, length) + since, most), f"tokens held, {where}")
+            return
         m.same(len(pos), min(kept, length) + since, f"tokens held, {where}")
         newest = pos[len(pos) - since :].tolist()
         m.same(newest, list(range(length, length + since)), f"tokens after the prompt, {where}")

@@ -55,8 +55,11 @@ class MInference(Pattern):
         size = Array(dtype=jnp.int32, per="query head", optional=True)
         return {"vertical": size, "slash": size}
 
+    def phase(self, name):
+        return self if name == "prefill" else CAUSAL
+
     def at(self, phase, layer, model):
-        return self if phase == "prefill" else CAUSAL
+        return self.phase(phase)
 
     def _sizes(self, ctx, name: str, least: int) -> jax.Array:
         """int32 [1,R,G,1]."""

@@ -54,10 +54,11 @@ class Quest(Pattern):
         if not isinstance(self.force_last, bool):
             raise UserError(f"Quest: force_last={self.force_last!r}: allowed are True, False")
 
+    def phase(self, name):
+        return Summaries(self.page) if name == "prefill" else self
+
     def at(self, phase, layer, model):
-        if layer < self.dense_layers:
-            return CAUSAL
-        return Summaries(self.page) if phase == "prefill" else self
+        return CAUSAL if layer < self.dense_layers else self.phase(phase)
 
     def layout(self, slots, size):
         return Summaries(self.page).layout(slots, size)
@@ -113,6 +114,7 @@ class Summaries(Pattern):
     page: int
 
     exact = "Always."
+    needs = frozenset({"ordered", "single tokens"})
 
     def layout(self, slots, size):
         shape = (size.head_dim, -(-slots // self.page))

@@ -56,8 +56,11 @@ class XAttention(Pattern):
     def at_limit(self, tokens):
         return replace(self, tau=1.0)
 
+    def phase(self, name):
+        return self if name == "prefill" else CAUSAL
+
     def at(self, phase, layer, model):
-        return self if phase == "prefill" else CAUSAL
+        return self.phase(phase)
 
     def visit(self, ctx, held, own):
         ((name, past),) = held.items()

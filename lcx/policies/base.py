@@ -73,6 +73,7 @@ class Evict(Policy):
         held_score, new_score = (jnp.broadcast_to(s, (s.shape[0], rows, s.shape[2])) for s in (held_score, new_score))
         S = held.pos.shape[-1]
         budget = jnp.minimum(self.budget_of(ctx), S)
+        new = replace(new, state={name: x for name, x in new.state.items() if name in self.state})
         return held.slots, Edit(_destinations(held_score, new_score, budget, low, high), new), None
 
     def with_budget(self, budget):
