@@ -343,3 +343,14 @@ def test_wrong_input_is_one_line_and_exit_code_2(name, args, message):
 )
 def test_what_the_model_cannot_do_is_one_line_and_exit_code_2(name, args, message):
     check_refused(name, args, message)
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(tmp_path):
+    code = "from experiments import cli; cli.keep_compiled(); import jax; print(jax.config.jax_compilation_cache_dir)"
+    env = {n: v for n, v in os.environ.items() if n != "JAX_COMPILATION_CACHE_DIR"} | {"XDG_CACHE_HOME": str(tmp_path)}
+    for more, want in (
+        ({}, tmp_path / "lcx" / "compiled"),
+        ({"JAX_COMPILATION_CACHE_DIR": "/elsewhere"}, "/elsewhere"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env | more, capture_output=True, text=True)
+        assert done.stdout.strip() == str(want), done.stderr

@@ -123,7 +123,11 @@ REFUSED = {
         "compress of segment 'rest': only the first segment of a chain can have one",
     ),
     "compress, h2o": (lambda: one(H2O(), compress=SnapKV()), f"H2O needs {ATTENTION}", "SnapKV does not leave"),
-    "compress, tova": (lambda: one(TOVA(), compress=SnapKV()), f"TOVA needs {ATTENTION}", "SnapKV does not leave"),
+    "compress, tova": (
+        lambda: one(TOVA(), compress=SnapKV()),
+        "TOVA needs one set of positions",
+        "SnapKV does not leave",
+    ),
     "compress, h2o below": (
         lambda: Recipe(((Segment("tail", policy=Flush(4), compress=SnapKV()), Segment("rest", policy=H2O())),)),
         f"H2O needs {ATTENTION}",
@@ -157,7 +161,7 @@ REFUSED = {
     "minference, h2o": (lambda: one(H2O(), pattern=MInference()), f"H2O needs {ATTENTION}", "MInference"),
     "minference, mass": (lambda: one(FarMass(2, 5), pattern=MInference()), f"FarMass needs {ATTENTION}", "MInference"),
     # new: a page that is handed down whole, what TOVA reads, and a second chain for all heads
-    "minference, tova": (lambda: one(TOVA(), pattern=MInference()), f"TOVA needs {ATTENTION}", "MInference"),
+    "minference, tova": (lambda: one(TOVA(), pattern=MInference()), "TOVA needs the attention of a step", "MInference"),
     "pages of another size": (
         lambda: Recipe(((Segment("tail", policy=Flush(48, 64)), Segment("rest", codec=Kivi())),)),
         "Kivi encodes pages of 32 tokens",

@@ -27,7 +27,7 @@ class ByPhase(Pattern):
 
     def __post_init__(self):
         for name in ("prefill", "decode"):
-            if not isinstance(getattr(self, name), Pattern):
+            if not hasattr(getattr(self, name), "visits"):
                 raise UserError(f"ByPhase: {name}={getattr(self, name)!r}: allowed is a pattern")
         if self.prefill.turns != self.decode.turns:
             turning = type(self.prefill if self.prefill.turns else self.decode).__name__
@@ -51,7 +51,7 @@ class ByPhase(Pattern):
     def at(self, phase, layer, model):
         prefill, decode = (p.at(phase, layer, model) for p in self.both)
         # one that chooses in prefill alone is there in decode as what it is then, and the other way round
-        return prefill if prefill == decode else Reading(prefill if phase == PHASES[0] else decode, (prefill, decode))
+        return prefill if prefill == decode else InPhase(prefill if phase == PHASES[0] else decode, (prefill, decode))
 
     def at_limit(self, tokens):
         return ByPhase(*(p.at_limit(tokens) for p in self.both))
@@ -60,14 +60,14 @@ class ByPhase(Pattern):
         return self.prefill.arrays(model) | self.decode.arrays(model)
 
     def idle(self, prompt):
-        said = [p.idle(prompt) for p in self.both]
-        return "; ".join(s for s in said if s) or None
+        reasons = [p.idle(prompt) for p in self.both]
+        return "; ".join(r for r in reasons if r) or None
 
     @property
     def budget(self) -> int | None:
         """Tokens that the one with a budget reads; None where not exactly one has."""
-        found = [p.budget for p in self.both if p.with_budget(1 << 20) is not None]  # pyrefly: ignore
-        return found[0] if len(found) == 1 else None
+        budgets = [p.budget for p in self.both if p.with_budget(1 << 20) is not None]  # pyrefly: ignore
+        return budgets[0] if len(budgets) == 1 else None
 
     def with_budget(self, budget):
         changed = [p.with_budget(budget) for p in self.both]
@@ -80,7 +80,7 @@ class ByPhase(Pattern):
 
 
 @dataclass(frozen=True)
-class Reading(Pattern):
+class InPhase(Pattern):
     """Pattern that reads as one pattern and keeps the state of several."""
 
     reads: Pattern

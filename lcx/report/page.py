@@ -209,14 +209,14 @@ def _figures(rows: Sequence[Row], capacity: Sequence[str]) -> Safe:
 
 
 def _rankings(rows: Sequence[Row]) -> list[Safe]:
-    found = rankings(rows)
-    if not found:
+    orders = rankings(rows)
+    if not orders:
         return []
-    said = (
+    caption = (
         "Order by NLL − dense's, the least loss first, as far as the errors carry it: < where all before lie apart from all after by "
         f"{SIGMAS:g} of their joint standard errors, seeds taken together; a comma where they do not."
     )
-    return [el("p", said), el("dl", *(part for text, order in found for part in (el("dt", text), el("dd", order))))]
+    return [el("p", caption), el("dl", *(part for text, order in orders for part in (el("dt", text), el("dd", order))))]
 
 
 def _figure(name: str, fig: Figure, caption: str) -> Safe:

@@ -29,14 +29,14 @@ def rankings(rows: Sequence[Row]) -> list[tuple[str, str]]:
             share = "" if r["keep_ratio"] is None else f" {number(r['keep_ratio'], '.2g')}"
             losses = cells.setdefault(tuple(r[n] for n in CELL), {})
             losses.setdefault(f"{r['method']}{share}", []).append((r["nll_minus_dense"], r["nll_minus_dense_se"]))
-    found = []
+    orders = []
     for cell, losses in cells.items():
         place = dict(zip(CELL, cell, strict=True))
         if len(losses) > 1:
             title = " ".join([str(place["text"]), *(str(place[n]) for n in several), f"at {place['length']:,} tokens"])
             groups = grouped({name: joint(values) for name, values in losses.items()})
-            found.append((title, " < ".join(", ".join(group) for group in groups)))
-    return found
+            orders.append((title, " < ".join(", ".join(group) for group in groups)))
+    return orders
 
 
 def joint(losses: Sequence[Loss]) -> Loss:

@@ -72,30 +72,30 @@ def sha256(path: str | Path) -> str:
 
 def _record(line: str, where: str, stem: str) -> Record:
     try:
-        found = json.loads(line)
+        entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {str(error)[:80]}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{where} is a {type(found).__name__}; allowed is an object with context, question and answers")
-    unknown = [str(name) for name in found if name not in FIELDS]
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is a {type(entry).__name__}; allowed is an object with context, question and answers")
+    unknown = [str(name) for name in entry if name not in FIELDS]
     if unknown:
         raise UserError(f"{where} has {unknown[0][:40]!r}; allowed are {', '.join(FIELDS)}")
     for name in FIELDS[:3]:
-        if name not in found:
+        if name not in entry:
             raise UserError(f"{where} has no {name!r}")
     for name in ("context", "question", "task"):
-        value = found.get(name, stem)
+        value = entry.get(name, stem)
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: {name} must be a text that is not empty")
-    answers = [found["answers"]] if isinstance(found["answers"], str) else found["answers"]
+    answers = [entry["answers"]] if isinstance(entry["answers"], str) else entry["answers"]
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         raise UserError(f"{where}: answers must be texts, at least one, none empty")
-    match, most = found.get("match", "any"), found.get("answer_tokens", ANSWER_TOKENS)
+    match, most = entry.get("match", "any"), entry.get("answer_tokens", ANSWER_TOKENS)
     if match not in LOCAL_MATCHES:
         raise UserError(f"{where}: match={str(match)[:40]!r}; allowed are {', '.join(LOCAL_MATCHES)}")
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise UserError(f"{where}: answer_tokens={str(most)[:40]} must be a whole number of at least 1")
-    return Record(found["context"], found["question"], tuple(answers), found.get("task", stem), match, most)
+    return Record(entry["context"], entry["question"], tuple(answers), entry.get("task", stem), match, most)
 
 
 def local_samples(
