@@ -20,7 +20,9 @@ _MODEL = flags.DEFINE_string("model", "smollm2-135m", "A name of lcx.pretrained,
 _OUT = flags.DEFINE_string(
     "out", "", "File to write: JSON for HeadSplit(file=...), safetensors for KVQuantTables(file=...)."
 )
-_TEXT = flags.DEFINE_string("text", "pride_and_prejudice", "A name of lcx.texts.")
+_TEXT = flags.DEFINE_string(
+    "text", "pride_and_prejudice", "A name of lcx.texts; kvquant: or several with commas between."
+)
 _TOKENS = flags.DEFINE_integer(
     "tokens",
     None,

@@ -264,17 +264,28 @@ def tables(layers: Layers, pieces, settings: Settings, note=lambda text: None) -
 
 
 def calibrate(model: Pretrained, text: str, settings: Settings, command: str, note=lambda text: None):
-    """The calibrated arrays of a model on a shipped text, and their record.
+    """The calibrated arrays of a model on shipped texts, and their record.
+
+    Args:
+      text: a name of `lcx.texts`, or several with commas between: pieces are taken from each in turn, from its beginning.
 
     Raises:
-      UserError: no such text, or fewer tokens in the text or in the model's context.
+      UserError: no such text, or fewer tokens in a text or in the model's context.
     """
-    ids = model.tokenizer.text_ids(texts.read(text))
-    if settings.tokens > len(ids):
-        raise UserError(f"tokens={settings.tokens}; text {text!r} allows at most {len(ids)}")
     if settings.piece > model.config.context:
         raise UserError(f"piece={settings.piece}; the context of {model.name} allows at most {model.config.context}")
-    pieces = np.asarray(ids[: settings.tokens], np.int32).reshape(-1, settings.piece)
+    names = text.split(",")
+    if len(set(names)) < len(names):
+        raise UserError(f"text={text!r}: give each once")
+    count = settings.tokens // settings.piece
+    each = [count // len(names) + (i < count % len(names)) for i in range(len(names))]
+    rows = []
+    for name, pieces_of in zip(names, each, strict=True):
+        ids, needed = model.tokenizer.text_ids(texts.read(name)), pieces_of * settings.piece
+        if needed > len(ids):
+            raise UserError(f"tokens={settings.tokens} need {needed} of text {name!r}, which has {len(ids)}")
+        rows.append(np.asarray(ids[:needed], np.int32).reshape(-1, settings.piece))
+    pieces = np.concatenate(rows)
     arrays = tables(model.layers, pieces, settings, note)
     # k-means begins at quantiles, and no chance takes part
     return arrays, store.make_record(METHOD, model, text, vars(settings), 0, command)

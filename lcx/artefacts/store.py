@@ -70,7 +70,7 @@ def make_record(
     Args:
       method: name of the method, by which its loader knows the file.
       model: a `Pretrained`.
-      text: a name of `lcx.texts`.
+      text: a name of `lcx.texts`, or several with commas between.
       settings, seed, command: what the calibration depends on, and how to run it again.
       more: figures worth keeping.
     """
@@ -82,13 +82,18 @@ def make_record(
         "config_sha256": config_sha256(model.config),
         "model_sha256": model.sha256,
         "text": text,
-        "text_sha256": texts.TEXTS[text].sha256,
+        "text_sha256": _digests(text),
         "settings": dict(settings),
         "seed": seed,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "command": command,
         **more,
     }
+
+
+def _digests(names: str) -> str:
+    """Return the sha256 of each shipped text, with commas between; empty for one that lcx does not ship."""
+    return ",".join(texts.TEXTS[name].sha256 if name in texts.TEXTS else "" for name in names.split(","))
 
 
 def write(path: str | Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> int:
@@ -153,8 +158,7 @@ def _checked_record(record: Any, method: str, where: str, remedy: str) -> dict[s
     if record["format"] != FORMAT or record["method"] != method:
         kind = f"format {record['format']} of method {record['method'][:40]!r}"
         raise UserError(f"{where} has {kind}; allowed is format {FORMAT} of {method!r}{remedy}")
-    text = texts.TEXTS.get(record["text"])
-    if text is None or text.sha256 != record["text_sha256"]:
+    if _digests(record["text"]) != record["text_sha256"]:
         raise UserError(
             f"{where} was calibrated on text {record['text'][:40]!r} with sha256 {record['text_sha256'][:64]}, which lcx "
             f"does not ship{remedy}"
