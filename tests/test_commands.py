@@ -289,7 +289,7 @@ WRONG = [
     ("compare", ("a",), "give two workdirs, 1 are given"),
     ("compare", ("runs/nothing-here", "runs/nothing-there"), "holds no sweep"),
     ("compare", ("a", "b", "--threshold=-1"), "threshold"),
-    ("sweep", ("--lengths=100",), "must be above the continuation of 128 tokens"),
+    ("sweep", ("--lengths=60",), "must be above the continuation of 64 tokens"),
     ("sweep", ("--lengths=512,512",), "each once"),
     ("sweep", ("--config.texts=emma",), "text='emma'"),
     ("sweep", ("--config.decode_steps=0",), "decode_steps=0"),
