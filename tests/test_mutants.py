@@ -132,7 +132,7 @@ def test_changes_choose_the_faults_of_a_file_its_tests_and_its_description():
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--methods=h3o", "--methods=h3o: allowed are duo, h2o"),
+        ("--methods=h3o", "--methods=h3o: allowed are by_phase, duo, h2o"),
         ("--changed=nowhere", "--changed=nowhere: git knows no"),
     ],
 )
