@@ -169,7 +169,7 @@ def test_a_wrong_name_says_which_is_meant(name, meant):
     ("command", "words"),
     [
         ("generate", ("--prompt=a", "--config=snapkv", "--budget=9")),
-        ("score", ("--text_file=README.md", "--out=/tmp/out.npz", "--config=snapkv", "--budget=9")),
+        ("score", ("--text_file=README.md", "--out=out.npz", "--config=snapkv", "--budget=9")),
         ("plan", ("--config=h2o,snapkv", "--budget=9", "--model=smollm2-135m", "--lengths=64")),
         ("sweep", ("--config=snapkv", "--budget=9")),
     ],
